@@ -1,0 +1,110 @@
+"""Every error that gguf3n raises on purpose, and the exit code of each class.
+
+    Gguf3nError                  1   anything below
+    ├── UsageError               2   an option or argument that cannot be used
+    ├── SourceError              3   the source is not a checkpoint we can convert
+    │   ├── ConfigError          4   config.json: another model, a missing or impossible value
+    │   ├── CheckpointError      5   safetensors files: missing, truncated, overlapping, unreadable
+    │   ├── MappingError         6   tensors: unknown name, missing, wrong shape or dtype
+    │   └── TokenizerError       7   no tokenizer, or one that does not fit the config
+    ├── HubError                 8   Hugging Face Hub or another server: unknown, gated, offline, interrupted
+    ├── QuantizationError        9   values or importances that a type cannot hold
+    ├── OutputError             10   exists, no permission, no space
+    ├── GGUFError               11   a GGUF file that breaks the format
+    ├── FindingsError           12   lint found faults, or diff differences
+    └── Interrupted            130   Ctrl-C or SIGTERM
+
+A message has up to four parts: what is wrong and where, what was expected, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+
+class Gguf3nError(Exception):
+    """An error with a cause that a user can act on.
+
+    Args:
+        what: one sentence naming the file, and the tensor or key, where there is one.
+        expected: what would have been right.
+        found: what was there instead.
+        fix: what the user can do.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
+    ) -> None:
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        for label, text in (("expected", self.expected), ("found", self.found), ("to do", self.fix)):
+            if text is not None:
+                parts.append(f"  {label + ':':<10}{text}")
+        return "\n".join(parts)
+
+    def as_dict(self) -> dict[str, str | int | None]:
+        """The same parts for `--json`."""
+        return {
+            "error": type(self).__name__,
+            "exit_code": self.exit_code,
+            "what": self.what,
+            "expected": self.expected,
+            "found": self.found,
+            "fix": self.fix,
+        }
+
+
+class UsageError(Gguf3nError):
+    exit_code = 2
+
+
+class SourceError(Gguf3nError):
+    exit_code = 3
+
+
+class ConfigError(SourceError):
+    exit_code = 4
+
+
+class CheckpointError(SourceError):
+    exit_code = 5
+
+
+class MappingError(SourceError):
+    exit_code = 6
+
+
+class TokenizerError(SourceError):
+    exit_code = 7
+
+
+class HubError(Gguf3nError):
+    exit_code = 8
+
+
+class QuantizationError(Gguf3nError):
+    exit_code = 9
+
+
+class OutputError(Gguf3nError):
+    exit_code = 10
+
+
+class GGUFError(Gguf3nError):
+    exit_code = 11
+
+
+class FindingsError(Gguf3nError):
+    """Only its exit code is used: what was found is the command's result."""
+
+    exit_code = 12
+
+
+class Interrupted(Gguf3nError):
+    exit_code = 130

@@ -1,0 +1,173 @@
+"""Importance matrices: how much each input column of a weight matrix matters, measured by llama-imatrix.
+
+    GGUF form    tensors NAME.in_sum2 float32[n_mat, n_per_row] and NAME.counts float32[n_mat, 1]; keys general.type
+                 "imatrix", imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size
+    legacy form  entry count int32; each entry: name length int32, name, call count int32, value count int32, float32
+                 values; then, optionally, chunk count int32, dataset length int32, dataset name
+    quant_weights = sums of squared activations / counts
+
+Source: common/imatrix-loader.cpp and tools/imatrix/imatrix.cpp of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf3n.errors import GGUFError
+from gguf3n.formats.gguf_layout import MAGIC, GGUFValueType, KeyValue, QType
+from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor, open_gguf
+from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight matrix's activations.
+
+    Shapes: sums float32[n_mat, n_per_row], sums of squared activations a column; counts float32[n_mat], the number of
+        activations summed. n_mat is 1 but for stacks.
+    """
+
+    sums: NDArray[np.float32]
+    counts: NDArray[np.float32]
+
+    @property
+    def quant_weights(self) -> NDArray[np.float32]:
+        """Mean squared activation a column, 1 where nothing was counted. Shapes: float32[n_mat, n_per_row].
+
+        Exact: as llama-quantize computes it, one float32 division.
+        """
+        counted = self.counts[:, None] > 0
+        return np.where(counted, self.sums / np.where(counted, self.counts[:, None], np.float32(1)), np.float32(1))
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """A whole file. `chunk_size` is 0 where the file does not say."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    datasets: tuple[str, ...] = ()
+    chunk_count: int = 0
+    chunk_size: int = 0
+
+
+def read_imatrix(path: str | Path) -> ImportanceMatrix:
+    """Read either form.
+
+    Raises: GGUFError for a file that is neither, is truncated, or holds values that no activations can give.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+        imatrix = _read_gguf(path) if is_gguf else _read_legacy(path, path.read_bytes())
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
+    for name, entry in imatrix.entries.items():
+        if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all() and np.isfinite(entry.counts).all()):
+            raise GGUFError(
+                f"{path}: entry {name!r} has values that are not finite or are negative",
+                expected="sums of squares",
+                fix="measure the importance matrix again",
+            )
+    return imatrix
+
+
+def _read_gguf(path: Path) -> ImportanceMatrix:
+    gguf = open_gguf(path)
+    entries: dict[str, Entry] = {}
+    for name, tensor in gguf.tensors.items():
+        if not name.endswith(SUMS):
+            continue
+        base = name.removesuffix(SUMS)
+        counts = gguf.tensors.get(base + COUNTS)
+        if counts is None or tensor.n_weights % counts.n_weights or {tensor.qtype, counts.qtype} != {QType.F32}:
+            raise GGUFError(
+                f"{path}: entry {base!r} is incomplete",
+                expected=f"{base}{SUMS} and {base}{COUNTS} in F32, the first a multiple of the second",
+                found=", ".join(n for n in gguf.tensors if n.startswith(base + ".")),
+            )
+        values = _values(gguf, tensor)
+        entries[base] = Entry(values.reshape(counts.n_weights, -1), _values(gguf, counts))
+    if not entries:
+        raise GGUFError(
+            f"{path}: not an importance matrix", expected=f"tensors named …{SUMS}", found=f"{len(gguf.tensors)} tensors"
+        )
+    return ImportanceMatrix(
+        path,
+        entries,
+        tuple(map(str, _value(gguf, DATASETS, []))),
+        int(_value(gguf, CHUNK_COUNT, 0)),
+        int(_value(gguf, CHUNK_SIZE, 0)),
+    )
+
+
+def _values(gguf: GGUFFile, tensor: GGUFTensor) -> NDArray[np.float32]:
+    dtype = "<f4" if gguf.byte_order == "little" else ">f4"
+    values = np.fromfile(gguf.path, dtype=dtype, count=tensor.n_weights, offset=tensor.offset)
+    return values.astype(np.float32, copy=False)
+
+
+def _value(gguf: GGUFFile, name: str, default: Any) -> Any:
+    return gguf.value(name) if name in gguf.keys else default
+
+
+def _read_legacy(path: Path, data: bytes) -> ImportanceMatrix:
+    position = 0
+
+    def take(n: int) -> bytes:
+        nonlocal position
+        if not 0 <= n <= len(data) - position:
+            raise GGUFError(
+                f"{path}: not an importance matrix, or truncated",
+                expected="the output of llama-imatrix",
+                found=f"a length of {n:,} at byte {position:,} of {len(data):,}",
+            )
+        position += n
+        return data[position - n : position]
+
+    def number() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    entries: dict[str, Entry] = {}
+    for _ in range(number()):
+        name = take(number()).decode("utf-8", "replace")
+        n_calls, n_values = number(), number()
+        sums = np.frombuffer(take(4 * n_values), dtype="<f4").astype(np.float32).reshape(1, -1)
+        entries[name] = Entry(sums, np.array([max(n_calls, 1)], np.float32))
+    if not entries:
+        raise GGUFError(f"{path}: an importance matrix without entries")
+    chunk_count = number() if position < len(data) else 0
+    dataset = take(number()).decode("utf-8", "replace") if position < len(data) else ""
+    return ImportanceMatrix(path, entries, (dataset,) if dataset else (), chunk_count)
+
+
+def write_imatrix(imatrix: ImportanceMatrix, path: str | Path, *, force: bool = False) -> None:
+    """Write the GGUF form, which llama-quantize reads; entries in the order of their names.
+
+    Raises: OutputError.
+    """
+    keys = [
+        KeyValue("general.type", GGUFValueType.STRING, "imatrix"),
+        KeyValue(DATASETS, GGUFValueType.ARRAY, imatrix.datasets, GGUFValueType.STRING),
+        KeyValue(CHUNK_COUNT, GGUFValueType.UINT32, imatrix.chunk_count),
+        KeyValue(CHUNK_SIZE, GGUFValueType.UINT32, imatrix.chunk_size),
+    ]
+    arrays = []
+    for name, entry in sorted(imatrix.entries.items()):
+        arrays += [(name + SUMS, entry.sums), (name + COUNTS, entry.counts.reshape(-1, 1))]
+    layout = lay_out(keys, [(name, array.shape, QType.F32) for name, array in arrays])
+    with GGUFWriter(Path(path), layout, force=force) as writer:
+        for slot, (_, array) in zip(layout.slots, arrays, strict=True):
+            writer.write_at(slot.offset, np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8))
+        writer.commit()

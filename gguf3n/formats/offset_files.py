@@ -1,0 +1,66 @@
+"""Reading and writing at file offsets from several threads.
+
+Each thread has its own handle of each file, so no lock and no shared position: `os.pread` would do the same but does
+not exist on Windows. Data goes straight into and out of the caller's buffer; nothing is mapped, so resident memory does
+not grow with the file.
+"""
+
+from __future__ import annotations
+
+import threading
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+
+
+class OffsetFiles:
+    """A handle a thread and file, opened on first use.
+
+    Args:
+        mode: how to open a file, as for `io.FileIO`: "r" or "r+".
+    """
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._opened: list[FileIO] = []
+
+    def _file(self, path: Path) -> FileIO:
+        handles: dict[Path, FileIO] = self._local.__dict__.setdefault("handles", {})
+        file = handles.get(path)
+        if file is None or file.closed:
+            file = handles[path] = FileIO(path, self._mode)
+            with self._lock:
+                self._opened.append(file)
+        return file
+
+    def read_into(self, path: Path, offset: int, buffer: np.ndarray) -> int:
+        """Fill a contiguous buffer from a file offset; returns the bytes read, fewer only at the file's end."""
+        file = self._file(path)
+        file.seek(offset)
+        view = buffer.data.cast("B")
+        done = 0
+        while done < len(view):
+            n = file.readinto(view[done:])
+            if not n:
+                break
+            done += n
+        return done
+
+    def write_at(self, path: Path, offset: int, data: np.ndarray) -> None:
+        """Write a contiguous buffer at a file offset."""
+        file = self._file(path)
+        file.seek(offset)
+        view = data.data.cast("B")
+        done = 0
+        while done < len(view):
+            done += file.write(view[done:])
+
+    def close(self) -> None:
+        """Close every thread's handles."""
+        with self._lock:
+            for file in self._opened:
+                file.close()
+            self._opened.clear()

@@ -1,0 +1,34 @@
+"""Fixtures that every room's tests share: checkpoints of random weights, made once for each set of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint as checkpoints
+import pytest
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkpoint(layout="nested", shards=3)`: the directory of such a checkpoint; see make_checkpoint.Options.
+
+    Tests share it: what changes a file copies the directory first.
+    """
+    made: dict[checkpoints.Options, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = checkpoints.Options(**options)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"checkpoint-{key.size}-{key.layout}")
+            checkpoints.make(made[key], key)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """The small checkpoint in the published layout, BF16, both tokenizers."""
+    return make_checkpoint()
