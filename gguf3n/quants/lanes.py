@@ -1,0 +1,139 @@
+"""How every quantizer of this package is compiled, and the scalar arithmetic that they share.
+
+The lane technique: one lane is one block, and a search runs in all lanes at once. State lies in one scratch array
+`S[row, lane]`, lanes last. Most types compute with its rows as vectors (vectors.py). Those that loop over `LANES`
+lanes rely on LLVM, which makes vector instructions of such loops as long as there is a single base pointer: separate
+arrays could alias.
+
+Exactness: the bytes are those of ggml built without FMA contraction. So fastmath stays off (numba neither contracts
+nor reorders then), every constant is a float32, and sums keep ggml's order.
+
+Source: ggml/src/ggml-quants.c and ggml/src/ggml-impl.h of llama.cpp for formulas and the order of operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+LANES = 64
+
+FLAGS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": False, "error_model": "numpy"}
+
+kernel = numba.njit(**FLAGS)
+"""Compiles a plain function as a kernel; the plain one stays available as `.py_func`."""
+
+inlined = numba.njit(**FLAGS, forceinline=True)
+"""Compiles a part of a kernel that has to be specialized for the constants that the kernel passes."""
+
+pasted = numba.njit(**FLAGS, inline="always")
+"""Like `inlined`, but numba itself copies the body: compiles faster where a part is called only once."""
+
+
+@inlined
+def scratch(n_rows: int, n_lanes: int) -> np.ndarray:
+    """Uninitialized float32[n_rows, n_lanes] that begins at a cache line.
+
+    Why: numba aligns arrays to 32 bytes; a load of 64 then often crosses two lines.
+        # measured: Q4_0 with quant_weights, one core of a Xeon with AVX-512: 341 and 380 million weights/s
+    """
+    memory = np.empty(n_rows * n_lanes + 16, dtype=np.float32)
+    skipped = (-memory.ctypes.data) % 64 // 4
+    return memory[skipped : skipped + n_rows * n_lanes].reshape((n_rows, n_lanes))
+
+
+@kernel
+def f32_bits(x: np.float32) -> np.uint32:
+    """The bits of a float32."""
+    return np.float32(x).view(np.uint32)
+
+
+@kernel
+def f32_from_bits(bits: np.uint32) -> np.float32:
+    """The float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@kernel
+def f16_bits(x: np.float32) -> np.uint16:
+    """Round a float32 to IEEE half precision and return the bits.
+
+    Exact: equal to ggml's GGML_FP32_TO_FP16 for every float32 (nearest, ties to even, denormals kept).
+    Why: numba has no float16 on the CPU. Adding a power of two that puts the last kept mantissa bit at the float32's
+        own last bit lets the float adder do the rounding; no branch, so it vectorizes.
+    """
+    bits = f32_bits(x)
+    shifted = np.uint32(bits << np.uint32(1))  # numba widens integer arithmetic to 64 bits
+    magnitude = f32_from_bits(bits & np.uint32(0x7FFFFFFF))
+    scaled = (magnitude * np.float32(2.0**112)) * np.float32(2.0**-110)
+    exponent = max(shifted & np.uint32(0xFF000000), np.uint32(0x71000000))
+    rounded = f32_bits(f32_from_bits((exponent >> np.uint32(1)) + np.uint32(0x07800000)) + scaled)
+    half = ((rounded >> np.uint32(13)) & np.uint32(0x7C00)) + (rounded & np.uint32(0x0FFF))
+    if shifted > np.uint32(0xFF000000):
+        half = np.uint32(0x7E00)
+    return np.uint16(((bits >> np.uint32(16)) & np.uint32(0x8000)) | half)
+
+
+@kernel
+def f16_value(bits: np.uint16) -> np.float32:
+    """The float32 value of half-precision bits.
+
+    Exact: for every finite half, denormals included, and infinity.
+    """
+    word = np.uint32(bits)
+    sign = (word & np.uint32(0x8000)) << np.uint32(16)
+    body = (word & np.uint32(0x7FFF)) << np.uint32(13)
+    value = f32_from_bits(body) * np.float32(2.0**112)
+    if body >= np.uint32(0x0F800000):
+        value = f32_from_bits(body | np.uint32(0x7F800000))
+    return f32_from_bits(f32_bits(value) | sign)
+
+
+@kernel
+def round_half_even(x: np.float32) -> np.int32:
+    """Nearest integer, ties to even, of |x| < 2**22.
+
+    Source: nearest_int in ggml-quants.c, which adds 1.5 * 2**23 so that the integer lands in the low mantissa bits.
+    """
+    bits = f32_bits(np.float32(x) + np.float32(12582912.0))
+    return np.int32(bits & np.uint32(0x007FFFFF)) - np.int32(0x00400000)
+
+
+@kernel
+def round_half_away(x: np.float32) -> np.float32:
+    """C's roundf: nearest integer, ties away from zero."""
+    whole = np.float32(np.trunc(x))
+    if abs(np.float32(x) - whole) >= np.float32(0.5):
+        whole += np.float32(np.copysign(np.float32(1.0), x))
+    return whole
+
+
+@kernel
+def truncated(x: np.float32) -> np.int32:
+    """C's (int8_t)x, as x86 compiles it: towards zero, and 0 for what no int8 holds, NaN and infinity among it.
+
+    Why: a scale that is a tiny denormal has an infinite inverse, and the levels of such blocks must match too.
+    """
+    return np.int32(x if abs(x) < np.float32(128.0) else np.float32(0.0))
+
+
+@kernel
+def first_peak(x: np.ndarray) -> np.float32:
+    """The value of largest magnitude, with its sign; the first one where magnitudes tie.
+
+    Why: a maximum and a minimum without indices are fast; only where they tie does the order matter.
+    """
+    low = x[0]
+    high = x[0]
+    for j in range(32):
+        low = x[j] if x[j] < low else low
+        high = x[j] if x[j] > high else high
+    peak = high if high > -low else low
+    if high == -low:
+        j = 0
+        while abs(x[j]) != high:
+            j += 1
+        peak = x[j] + np.float32(0.0)  # of a block of zeros, the positive zero
+    return peak

@@ -1,0 +1,114 @@
+"""The scalar arithmetic that the kernels share, against NumPy and against its own plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from gguf3n.quants import lanes
+
+EVERY_HALF = np.arange(65536, dtype=np.uint16)
+ODD_FLOATS = np.array(
+    [0.0, -0.0, 0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, -0.49999997, 1e-45, -1e-45, 1e-38, 1e30, -1e30, 3.4e38,
+     65504.0, 65519.99, 65520.0, -65520.0, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, 2.0**-14, np.inf, -np.inf],
+    dtype=np.float32,
+)  # fmt: skip
+
+
+def random_bits(n: int, seed: int = 0) -> np.ndarray:
+    """Floats of every exponent; infinities and NaN among them."""
+    return np.random.default_rng(seed).integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
+
+
+def test_bits_of_a_float() -> None:
+    for x in ODD_FLOATS:
+        assert lanes.f32_bits(x) == x.view(np.uint32)
+        assert np.float32(lanes.f32_from_bits(x.view(np.uint32))).view(np.uint32) == x.view(np.uint32)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_half_precision_bits() -> None:
+    values = np.concatenate([ODD_FLOATS, random_bits(5000)])
+    values = values[~np.isnan(values)]
+    assert [int(lanes.f16_bits(x)) for x in values] == values.astype(np.float16).view(np.uint16).tolist()
+
+
+def test_half_precision_bits_between_neighbours() -> None:
+    """Halfway between two neighbours, and one float32 to either side."""
+    halves = EVERY_HALF[:0x7C00:37].view(np.float16).astype(np.float32)
+    above = (EVERY_HALF[:0x7C00:37] + np.uint16(1)).view(np.float16).astype(np.float32)
+    middle = ((halves + above) / 2)[:-1]
+    for x in np.concatenate([middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))]):
+        assert lanes.f16_bits(x) == np.float16(x).view(np.uint16), x
+
+
+def test_half_precision_nan_is_quiet_and_keeps_its_sign() -> None:
+    assert lanes.f16_bits(np.uint32(0x7F800001).view(np.float32)) == 0x7E00
+    assert lanes.f16_bits(np.uint32(0xFFC12345).view(np.float32)) == 0xFE00
+
+
+def test_half_precision_values() -> None:
+    expected = EVERY_HALF.view(np.float16).astype(np.float32)
+    for bits in EVERY_HALF[::7]:
+        value = np.float32(lanes.f16_value(bits))
+        if math.isnan(expected[bits]):
+            assert math.isnan(value)
+        else:
+            assert value.view(np.uint32) == expected[bits].view(np.uint32)
+
+
+def test_round_half_even() -> None:
+    values = np.concatenate(
+        [np.arange(-40, 40, dtype=np.float32) / 4, np.random.default_rng(0).uniform(-(2**22), 2**22, 500)]
+    ).astype(np.float32)
+    assert [int(lanes.round_half_even(x)) for x in values] == np.rint(values).astype(int).tolist()
+
+
+def test_round_half_away() -> None:
+    values = np.concatenate([np.arange(-40, 40) / 4, [0.49999997, -0.49999997, 8388607.5, 1e9, -1e30]])
+    for x in values.astype(np.float32):
+        assert lanes.round_half_away(x) == math.copysign(math.floor(abs(float(x)) + 0.5), x)
+
+
+def test_truncated() -> None:
+    cases = {0.99: 0, -0.99: 0, 127.9: 127, -127.9: -127, 128.0: 0, 1e10: 0, -1e10: 0}
+    assert {x: int(lanes.truncated(np.float32(x))) for x in cases} == cases
+    assert [int(lanes.truncated(np.float32(x))) for x in (np.nan, np.inf, -np.inf)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ({3: 2.0, 9: -5.0, 20: 4.0}, -5.0),
+        ({3: 2.0, 9: -5.0, 20: 5.0}, -5.0),
+        ({3: 2.0, 9: 5.0, 20: -5.0}, 5.0),
+        ({31: -1e-45}, -1e-45),
+        ({}, 0.0),
+    ],
+)
+def test_first_peak(places: dict[int, float], expected: float) -> None:
+    x = np.zeros(32, dtype=np.float32)
+    x[list(places)] = list(places.values())
+    assert lanes.first_peak(x) == np.float32(expected)
+    assert lanes.first_peak.py_func(x) == np.float32(expected)
+
+
+def test_peak_of_negative_zeros_is_positive_zero() -> None:
+    assert math.copysign(1, lanes.first_peak(np.full(32, -0.0, dtype=np.float32))) == 1
+
+
+def test_scratch_begins_at_a_cache_line() -> None:
+    for n_rows in (1, 3, 100):
+        s = lanes.scratch(n_rows, 16)
+        assert s.shape == (n_rows, 16)
+        assert s.dtype == np.float32
+        assert s.ctypes.data % 64 == 0
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_compiled_and_plain_functions_agree() -> None:
+    for x in np.concatenate([ODD_FLOATS, random_bits(200, seed=1)]):
+        assert lanes.f16_bits(x) == lanes.f16_bits.py_func(x)
+        assert lanes.truncated(x) == lanes.truncated.py_func(x)
