@@ -1,0 +1,34 @@
+"""Which type each tensor of an existing Gemma 3n file has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from gguf.constants import Keys
+
+from gguf3n.errors import MappingError, SourceError
+from gguf3n.formats.gguf_layout import QType
+from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.gemma3n.metadata import ARCH
+from gguf3n.gemma3n.tensors import Storage, target_name, written_order
+
+
+def types_by_storage(gguf: GGUFFile, origin: str) -> Mapping[Storage, Mapping[str, QType]]:
+    """Tensor -> type, apart for those that are quantized and those that are kept.
+
+    Raises: SourceError for another model; MappingError for a tensor that is missing.
+    """
+    key = gguf.keys.get(Keys.General.ARCHITECTURE)
+    if key is None or key.value != ARCH:
+        found = "none" if key is None else str(key.value)
+        raise SourceError(f"{origin}: not a Gemma 3n", expected=f"general.architecture {ARCH}", found=found)
+    bids = [int(match[1]) for match in (re.match(r"blk\.(\d+)\.", name) for name in gguf.tensors) if match]
+    n_layers = 1 + max(bids, default=-1)
+    types: dict[Storage, dict[str, QType]] = {storage: {} for storage in Storage}
+    for rule, bid in written_order(n_layers):
+        name = target_name(rule, bid)
+        if name not in gguf.tensors:
+            raise MappingError(f"{origin}: tensor {name!r} is missing", expected=f"it, in a model of {n_layers} layers")
+        types[rule.storage][name] = gguf.tensors[name].qtype
+    return types

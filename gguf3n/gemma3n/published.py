@@ -1,0 +1,53 @@
+"""The two published sizes of Gemma 3n, so that files can be planned without a checkpoint at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from gguf3n.gemma3n.config import FULL, SLIDING, Config
+from gguf3n.gemma3n.tensors import MappedTensor, Missing, Rows, dimensions, target_name, written_order
+
+
+def _published(n_layers: int, n_kv_shared: int, ffn: int) -> Config:
+    return Config(
+        vocab_size=262_400,
+        vocab_size_per_layer_input=262_144,
+        hidden_size=2048,
+        hidden_size_per_layer_input=256,
+        num_hidden_layers=n_layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        intermediate_size=(ffn,) * n_layers,
+        laurel_rank=64,
+        altup_num_inputs=4,
+        altup_active_idx=0,
+        num_kv_shared_layers=n_kv_shared,
+        sliding_window=512,
+        max_position_embeddings=32_768,
+        rms_norm_eps=1e-6,
+        final_logit_softcapping=30.0,
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        layer_types=((SLIDING,) * 4 + (FULL,)) * (n_layers // 5),
+        activation_sparsity_pattern=(0.95,) * 10 + (0.0,) * (n_layers - 10),
+    )
+
+
+HEADER_BYTES = 6_565_408
+"""The header of the published E4B files, nearly all of it vocabulary."""
+
+PUBLISHED: Mapping[str, Config] = {"E2B": _published(30, 10, 8192), "E4B": _published(35, 15, 16_384)}
+
+
+def outline(config: Config) -> tuple[MappedTensor, ...]:
+    """The tensors that a checkpoint of this config becomes, without the checkpoint: every row a zero."""
+    tensors = []
+    for rule, bid in written_order(config.num_hidden_layers):
+        sizes = dimensions(config, bid)
+        shape = tuple(sizes[word] for word in rule.shape)
+        evaluated = rule.missing is Missing.ERROR or bid is None or not config.is_kv_shared(bid)
+        rows = (Rows(None, math.prod(shape[:-1])),)
+        tensors.append(MappedTensor(target_name(rule, bid), shape, rule.storage, bid, rows, evaluated))
+    return tuple(tensors)

@@ -1,0 +1,230 @@
+"""Tokenizer files -> the SPM vocabulary that llama.cpp's "llama" tokenizer reads.
+
+Two sources hold the same pieces: sentencepiece's tokenizer.model and the tokenizers library's tokenizer.json, which is
+all that transformers 5 saves. An SPM merges the neighbours whose union has the highest score, a BPE those whose merge
+has the lowest rank: in Gemma's vocabulary both orders are the order of the ids, so pieces from tokenizer.json get the
+scores that restore it.
+
+Source: _create_vocab_sentencepiece in llama.cpp's conversion/base.py for token types, scores of added tokens and names
+of unused ids; SpecialVocab of the gguf package for special ids and chat templates.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import TokenType
+
+from gguf3n.errors import ConfigError, TokenizerError
+from gguf3n.gemma3n.config import Config, read_json
+from gguf3n.gemma3n.gguf_package import silenced
+
+ADDED_SCORE = -1000.0
+UNUSED_SCORE = -10000.0
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+CONTROL_LOOKING = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>", re.DOTALL)
+"""Added tokens that are control tokens although Gemma's files do not mark them as special."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One entry a token id, as many as the embedding table has rows."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[TokenType]
+    special_ids: dict[str, int]
+    """By role: bos, eos, unk, pad and others that the files name."""
+    add_tokens: dict[str, bool]
+    """By role: whether the tokenizer adds the token."""
+    chat_templates: dict[str, str]
+    """By name; "default" is the model's."""
+    origin: str
+    """The file the pieces came from."""
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """By id: text, score, type. Ids beyond the text tokens may have gaps."""
+
+    by_id: dict[int, tuple[str, float, TokenType]]
+    special_ids: dict[str, int]
+
+
+def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
+    """Read the tokenizer of a checkpoint directory.
+
+    Raises: TokenizerError where there is none, where a file is broken, or where it does not fit the config.
+    """
+    spm_path, json_path = directory / "tokenizer.model", directory / "tokenizer.json"
+    if spm_path.is_file():
+        origin, pieces = spm_path, _from_sentencepiece(spm_path)
+    elif json_path.is_file():
+        origin, pieces = json_path, _from_tokenizer_json(json_path, _read(json_path))
+    else:
+        raise TokenizerError(
+            f"{directory}: no tokenizer",
+            expected="tokenizer.model or tokenizer.json",
+            fix="copy the tokenizer files of the base model into the checkpoint",
+        )
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+    scores = [UNUSED_SCORE] * config.vocab_size
+    types = [TokenType.UNUSED] * config.vocab_size
+    if (largest := max(pieces.by_id)) >= config.vocab_size:
+        raise _misfit(origin, config, f"a piece with id {largest:,}")
+    for i, (token, score, kind) in pieces.by_id.items():
+        tokens[i], scores[i], types[i] = token, score, kind
+    for token_id, text, special in _added_tokens(directory):
+        if not 0 <= token_id < config.vocab_size:
+            raise _misfit(directory, config, f"added token {text!r} with id {token_id}")
+        control = special or CONTROL_LOOKING.fullmatch(text) is not None
+        types[token_id] = TokenType.CONTROL if control else TokenType.USER_DEFINED
+        tokens[token_id] = text if control else text.replace("▁", " ")
+        scores[token_id] = ADDED_SCORE
+    text_ids = range(config.vocab_size_per_layer_input)
+    if unnamed := [i for i in text_ids if i not in pieces.by_id and types[i] is TokenType.UNUSED]:
+        raise _misfit(origin, config, f"no piece for {len(unnamed):,} ids, the first {unnamed[0]}")
+    return Vocabulary(tokens, scores, types, *_special(directory, config, pieces), str(origin))
+
+
+def _misfit(path: Path, config: Config, found: str) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: the vocabulary does not fit config.json",
+        expected=f"a piece for each of {config.vocab_size_per_layer_input:,} text tokens, at most "
+        f"{config.vocab_size:,} with the added ones",
+        found=found,
+        fix="use the tokenizer files that were saved with this model",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ConfigError as error:
+        raise TokenizerError(error.what, expected="a JSON object", found=error.found) from error
+
+
+def _from_sentencepiece(path: Path) -> _Pieces:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise TokenizerError(
+            f"{path}: not a sentencepiece model", found=str(error).partition("\n")[0], fix="download the file again"
+        ) from error
+    ids = list(range(processor.vocab_size()))
+    types = [TokenType.NORMAL] * len(ids)
+    for kind, is_kind in (
+        (TokenType.BYTE, processor.IsByte),
+        (TokenType.UNUSED, processor.IsUnused),
+        (TokenType.CONTROL, processor.IsControl),
+        (TokenType.UNKNOWN, processor.IsUnknown),
+    ):
+        for i, yes in enumerate(is_kind(ids)):
+            if yes:
+                types[i] = kind
+    special = {
+        "bos": processor.bos_id(),
+        "eos": processor.eos_id(),
+        "unk": processor.unk_id(),
+        "pad": processor.pad_id(),
+    }
+    by_id = dict(zip(ids, zip(processor.IdToPiece(ids), processor.GetScore(ids), types, strict=True), strict=True))
+    return _Pieces(by_id, {role: i for role, i in special.items() if i >= 0})
+
+
+def _from_tokenizer_json(path: Path, raw: dict[str, Any]) -> _Pieces:
+    """The same pieces, scores and types as tokenizer.model.
+
+    Why: a piece's score matters only against other scores; ranks of merges give their order, ids their values.
+    """
+    try:
+        model = raw["model"]
+        architecture, vocab, merges = model["type"], dict(model["vocab"]), model["merges"]
+        unknown = vocab.get(model.get("unk_token"))
+        pieces = {int(i): piece for piece, i in vocab.items()}
+        merged = ["".join(m) if isinstance(m, list) else m.replace(" ", "", 1) for m in merges]
+        by_rank = [vocab[piece] for piece in dict.fromkeys(merged)]
+        if len(pieces) < len(vocab) or min(pieces) < 0 or not all(type(i) is int for i in vocab.values()):
+            raise ValueError("ids that are no integers, negative, or shared by several pieces")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TokenizerError(
+            f"{path}: not the tokenizer of a Gemma",
+            expected="a BPE model: a vocabulary of pieces and ids, and its merges",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    if architecture != "BPE" or not model.get("byte_fallback"):
+        raise TokenizerError(
+            f"{path}: not the tokenizer of a Gemma",
+            expected="a BPE model with byte fallback",
+            found=f"{architecture}, byte_fallback {model.get('byte_fallback')}",
+        )
+    scores = dict(zip(by_rank, sorted(by_rank), strict=True))
+    by_id = {}
+    for i, piece in pieces.items():
+        kind = TokenType.BYTE if BYTE_PIECE.fullmatch(piece) else TokenType.NORMAL
+        by_id[i] = (piece, -float(scores.get(i, i)), TokenType.UNKNOWN if i == unknown else kind)
+    return _Pieces(by_id, {"unk": unknown} if unknown is not None else {})
+
+
+def _added_tokens(directory: Path) -> list[tuple[int, str, bool]]:
+    """Id, text and whether it is special, of every token the files add, later entries deciding.
+
+    transformers 5 lists them in tokenizer.json only.
+    """
+    added: list[tuple[int, str, bool]] = []
+    path = directory / "added_tokens.json"
+    try:
+        if path.is_file():
+            added += [(int(i), text, False) for text, i in _read(path).items()]
+        path = directory / "tokenizer_config.json"
+        decoder = _read(path).get("added_tokens_decoder") if path.is_file() else None
+        if decoder:
+            entries = [(int(i), entry) for i, entry in decoder.items()]
+        else:
+            path = directory / "tokenizer.json"
+            listed = _read(path).get("added_tokens", []) if path.is_file() else []
+            entries = [(int(entry["id"]), entry) for entry in listed]
+        added += [(i, str(entry["content"]), bool(entry.get("special"))) for i, entry in entries]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TokenizerError(
+            f"{path}: malformed added tokens", expected="ids and texts", found=f"{type(error).__name__}: {error}"
+        ) from error
+    return added
+
+
+def _special(
+    directory: Path, config: Config, pieces: _Pieces
+) -> tuple[dict[str, int], dict[str, bool], dict[str, str]]:
+    """Special ids, what the tokenizer adds, chat templates."""
+    import gguf
+
+    try:
+        with silenced():
+            special = gguf.SpecialVocab(directory, n_vocab=config.vocab_size)
+        template = special.chat_template or _template_file(directory)
+        templates: dict[str, str] = {}
+        if isinstance(template, str):
+            templates["default"] = template
+        elif template:
+            templates = {str(entry["name"]): str(entry["template"]) for entry in template}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise TokenizerError(
+            f"{directory}: tokenizer_config.json or tokenizer.json is malformed",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    return {**pieces.special_ids, **special.special_token_ids}, dict(special.add_special_token), templates
+
+
+def _template_file(directory: Path) -> str | None:
+    """A chat template in a file of its own, which SpecialVocab looks for only beside a tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    path = directory / "chat_template.json"
+    return _read(path).get("chat_template") if path.is_file() else None

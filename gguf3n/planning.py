@@ -1,0 +1,208 @@
+"""Model + Recipe -> Plan: every tensor's type, its reason, its place in the file, before a weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf3n.errors import QuantizationError
+from gguf3n.formats.gguf_layout import REQUIRES_QUANT_WEIGHTS, QType, aligned, tensor_bytes
+from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
+from gguf3n.gemma3n.config import Config
+from gguf3n.gemma3n.importance import Importance
+from gguf3n.gemma3n.metadata import file_keys
+from gguf3n.gemma3n.model import Model
+from gguf3n.gemma3n.published import HEADER_BYTES, outline
+from gguf3n.gemma3n.tensors import MappedTensor, Storage
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, Keep, Recipe, Tensor, check_rules
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor: where its rows come from, its place, and why it has its type by which rule."""
+
+    source: MappedTensor
+    slot: TensorSlot
+    reason: str
+    rule: str
+    quant_weights: NDArray[np.float32] | None = None
+    """An importance for each column of a row, where the importance matrix has one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GGUF file that does not exist yet."""
+
+    model: Model
+    recipe: Recipe
+    layout: Layout
+    tensors: tuple[PlannedTensor, ...]
+
+    notices: tuple[str, ...]
+    """What a user should know, of the source and of this plan."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.layout.total_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data a weight."""
+        return 8 * sum(tensor.slot.n_bytes for tensor in self.tensors) / self.model.n_weights
+
+    @property
+    def type_counts(self) -> dict[QType, int]:
+        """Tensors of each type, most frequent first."""
+        return dict(Counter(tensor.slot.qtype for tensor in self.tensors).most_common())
+
+
+def make_plan(
+    model: Model, recipe: Recipe, importance: Importance | None = None, unfit_for_f16: Collection[str] = ()
+) -> Plan:
+    """Decide every type and lay out the file.
+
+    Args:
+        unfit_for_f16: names of tensors that F16 would harm.
+
+    Raises: QuantizationError if a type needs an importance matrix that has nothing for its tensor; UsageError for a
+        rule of the user's that can't be used with this model.
+    """
+    facts = describe_tensors(model.tensors, None if importance is None else importance.quant_weights)
+    check_rules(recipe, [fact for fact in facts if fact is not None])
+    decisions = _decide(model.tensors, facts, recipe, unfit_for_f16)
+    weights = importance.quant_weights if importance is not None else {}
+    for tensor, decision in zip(model.tensors, decisions, strict=True):
+        impossible = decision.qtype in REQUIRES_QUANT_WEIGHTS and tensor.name not in weights
+        if decision.lacks_importance or impossible:
+            raise QuantizationError(
+                f"{recipe.name}: {decision.qtype.name} needs an importance matrix",
+                expected=f"an entry for {tensor.name}",
+                found="none" if importance is None else f"none in {importance.path}",
+                fix="give one with --imatrix, or choose another type",
+            )
+    layout = lay_out(
+        [*model.keys, *file_keys(recipe.ftype), *(importance.keys if importance is not None else ())],
+        [
+            (tensor.name, tensor.shape, decision.qtype)
+            for tensor, decision in zip(model.tensors, decisions, strict=True)
+        ],
+    )
+    return Plan(
+        model,
+        recipe,
+        layout,
+        tuple(
+            PlannedTensor(tensor, slot, decision.reason, decision.rule, weights.get(tensor.name))
+            for tensor, slot, decision in zip(model.tensors, layout.slots, decisions, strict=True)
+        ),
+        (
+            *model.notices,
+            *(importance.notices if importance is not None else ()),
+            *_notices(model.tensors, decisions, recipe),
+        ),
+    )
+
+
+def describe_tensors(tensors: Sequence[MappedTensor], covered: Container[str] | None = None) -> list[Tensor | None]:
+    """What a recipe may ask of each tensor; None for those that are never quantized.
+
+    Args:
+        covered: names with an entry in the importance matrix, if one is given.
+    """
+    n_layers = 1 + max((tensor.bid for tensor in tensors if tensor.bid is not None), default=-1)
+    n_rows = {tensor.name: tensor.n_rows for tensor in tensors}
+    gqa = n_rows.get("blk.0.attn_q.weight", 0) // n_rows.get("blk.0.attn_k.weight", 1)
+    return [
+        Tensor(
+            tensor.name,
+            tensor.n_per_row,
+            tensor.bid,
+            n_layers,
+            gqa,
+            tensor.evaluated,
+            covered is not None,
+            covered is not None and tensor.name in covered,
+        )
+        if tensor.storage is Storage.QUANTIZABLE
+        else None
+        for tensor in tensors
+    ]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe makes of a model of some size. Units: bytes of the whole file, its usual vocabulary included."""
+
+    type_counts: Mapping[QType, int]
+    total_bytes: int
+    bits_per_weight: float
+    needs_imatrix: bool
+
+
+def estimate(recipe: Recipe, config: Config) -> Estimate:
+    """A file's types and size without a checkpoint; with an importance matrix only where the recipe needs one."""
+    tensors = outline(config)
+    measured = {tensor.name for tensor in tensors if tensor.evaluated and tensor.bid is not None}
+    for covered in (None, measured):
+        decisions = _decide(tensors, describe_tensors(tensors, covered), recipe, ())
+        if not any(decision.lacks_importance for decision in decisions):
+            break
+    n_bytes = [
+        aligned(tensor_bytes(decision.qtype, tensor.shape)) for tensor, decision in zip(tensors, decisions, strict=True)
+    ]
+    return Estimate(
+        dict(Counter(decision.qtype for decision in decisions).most_common()),
+        sum(n_bytes) + HEADER_BYTES,
+        8 * sum(n_bytes) / sum(tensor.n_weights for tensor in tensors),
+        covered is not None,
+    )
+
+
+def _decide(
+    tensors: Sequence[MappedTensor], facts: Sequence[Tensor | None], recipe: Recipe, unfit_for_f16: Collection[str]
+) -> list[Decision]:
+    return [
+        _keep(tensor, recipe, unfit_for_f16) if fact is None else recipe.resolve(fact)
+        for tensor, fact in zip(tensors, facts, strict=True)
+    ]
+
+
+def _keep(tensor: MappedTensor, recipe: Recipe, unfit_for_f16: Collection[str]) -> Decision:
+    """The type of a tensor that is never quantized."""
+    if tensor.storage is Storage.FLOAT32:
+        return Decision(QType.F32, tensor.storage.value, "never quantized")
+    qtype, why = QType.BF16, tensor.storage.value
+    if recipe.keep is Keep.F32:
+        qtype = QType.F32
+    elif recipe.keep is Keep.F16 and tensor.name in unfit_for_f16:
+        why = "stays BF16: values too large or too small for F16"
+    elif recipe.keep is Keep.F16 or (recipe.keep is Keep.SOURCE and tensor.source_dtypes == {"F16"}):
+        qtype = QType.F16
+    return Decision(qtype, why, f"keep {recipe.keep.value}")
+
+
+def _notices(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> list[str]:
+    """What a user should know of the types chosen."""
+    notices = []
+    unfit = [
+        tensor.name
+        for tensor, decision in zip(tensors, decisions, strict=True)
+        if tensor.storage is Storage.HALF and recipe.keep is Keep.F16 and decision.qtype is QType.BF16
+    ]
+    if unfit:
+        notices.append(
+            f"{recipe.name}: {len(unfit)} tensors stay BF16, as their values are too large or too small for F16: "
+            + ", ".join(unfit[:3])
+            + (", …" if len(unfit) > 3 else "")
+        )
+    for tensor, decision in zip(tensors, decisions, strict=True):
+        if tensor.name == PER_LAYER_TOKEN_EMBD and decision.qtype not in PLE_TYPES:
+            notices.append(
+                f"{recipe.name}: per_layer_token_embd in {decision.qtype.name}: GPU backends can't look up rows of "
+                "that type and leave it to the CPU, and Ollama's own engine can't read it; choose another with --ple"
+            )
+    return notices

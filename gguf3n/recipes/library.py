@@ -1,0 +1,227 @@
+"""Recipes by name: the presets that come with gguf3n, and files of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGMLQuantizationType as QType
+
+from gguf3n.errors import UsageError
+from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, Keep, Recipe, Rule
+from gguf3n.recipes.toml import A_TYPE, RecipeFile, guess_ftype, parse, parse_type
+
+SUFFIX = ".toml"
+SHARED = "_"
+"""How the names of files begin that are only inherited."""
+MAX_DEPTH = 8
+"""Of inheritance; more is a circle."""
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+"""As llama-quantize has them."""
+
+Settings = Mapping[str, Any]
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of all presets, without their variants."""
+    return tuple(sorted(name for name in _presets() if not name.startswith(SHARED)))
+
+
+def variant_names(name: str) -> tuple[str, ...]:
+    """The full names of a preset's variants, as in Q4_K_M@2025."""
+    return tuple(f"{name}@{variant}" for variant in _inherited(_preset(name), None).variants)
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its name or file.
+
+    Args:
+        name: a preset, in any case, or a path ending in .toml.
+
+    Raises: UsageError for an unknown name or a file that is no recipe.
+    """
+    if name.lower().endswith(SUFFIX):
+        path = Path(name)
+        chain = _inherited(read_file(path), path.parent)
+        return _build(chain, str(chain.settings[0].get("name", path.stem)))
+    base, _, variant = _preset_name(name).partition("@")
+    return _build(_chain(base, variant or None), f"{base}@{variant}" if variant else base)
+
+
+def override(
+    recipe: Recipe,
+    *,
+    ple: str | None = None,
+    token_embd: str | None = None,
+    tensor_types: Sequence[str] = (),
+    keep: str | None = None,
+) -> Recipe:
+    """A recipe with what the command line wants otherwise.
+
+    Args:
+        ple, token_embd: types of the two embedding tables.
+        tensor_types: as in "blk.*.attn_v.weight=Q8_0", or "re:" and a regular expression; the first that matches
+            decides, before ple and token_embd.
+        keep: "f16" or "bf16", the type of the matrices that are never quantized.
+
+    Raises: UsageError for an unusable option.
+    """
+    overrides = [_override(text) for text in tensor_types]
+    for table, option, value in ((PER_LAYER_TOKEN_EMBD, "--ple", ple), (TOKEN_EMBD, "--token-embd", token_embd)):
+        if value is not None:
+            qtype = _option_type(value, option)
+            overrides.append(Rule((table,), qtype, f"{option} {qtype.name}", place="command line", strict=True))
+    if keep is not None:
+        if keep.lower() not in (Keep.F16.value, Keep.BF16.value):
+            raise UsageError(f"--keep: unusable type {keep!r}", expected="f16 or bf16", found=keep)
+        recipe = replace(recipe, keep=Keep(keep.lower()))
+    return replace(recipe, overrides=(*overrides, *recipe.overrides))
+
+
+def read_file(path: Path) -> RecipeFile:
+    """A user's recipe file. Raises: UsageError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(f"{path}: the recipe can't be read", expected="a TOML file", found=found) from error
+    return parse(text, str(path), strict=True)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A file and all it inherits: settings and rules in the order in which they are looked up."""
+
+    origin: str
+    settings: tuple[Settings, ...]
+    variants: Mapping[str, tuple[Settings, ...]]
+    rules: tuple[Rule, ...]
+
+
+def _inherited(file: RecipeFile, directory: Path | None, depth: int = 0) -> _Chain:
+    """Put a file's ancestors behind it."""
+    own = _Chain(file.origin, (file.settings,), {name: (table,) for name, table in file.variants.items()}, file.rules)
+    parent = file.settings.get("inherit")
+    if parent is None:
+        return own
+    if depth == MAX_DEPTH:
+        raise UsageError(f"{file.origin}: inherits from itself", expected="recipes that inherit in one direction")
+    above = _parent(parent, file.origin, directory, depth + 1)
+    names = dict.fromkeys([*own.variants, *above.variants])
+    return _Chain(
+        file.origin,
+        own.settings + above.settings,
+        {name: own.variants.get(name, ()) + above.variants.get(name, ()) for name in names},
+        own.rules + above.rules,
+    )
+
+
+def _parent(name: str, origin: str, directory: Path | None, depth: int) -> _Chain:
+    if directory is not None and name.lower().endswith(SUFFIX):
+        path = directory / name
+        return _inherited(read_file(path), path.parent, depth)
+    if name.startswith(SHARED) and name in _presets():
+        return _inherited(_preset(name), None, depth)
+    try:
+        base, _, variant = _preset_name(name).partition("@")
+    except UsageError as error:
+        raise UsageError(f"{origin}: inherits from {name!r}, which is no recipe", expected=error.expected) from error
+    return _selected(_inherited(_preset(base), None, depth), variant)
+
+
+def _chain(base: str, variant: str | None) -> _Chain:
+    return _selected(_inherited(_preset(base), None), variant)
+
+
+def _selected(chain: _Chain, variant: str | None) -> _Chain:
+    """The chain with a variant's settings before all others, for a recipe that is used or inherited from by name."""
+    return replace(chain, settings=chain.variants.get(variant or "", ()) + chain.settings, variants={})
+
+
+def _preset_name(name: str) -> str:
+    """A preset's name in its own case, aliases resolved. Raises: UsageError for an unknown one."""
+    base, at, variant = name.partition("@")
+    known = {preset.upper(): preset for preset in preset_names()}
+    found = known.get(ALIASES.get(base.upper(), base.upper()))
+    if found is not None:
+        variants = _inherited(_preset(found), None).variants
+        if not at or variant in variants:
+            return found + at + variant
+        expected = " or ".join(f"{found}@{one}" for one in variants) or f"{found}, which has no variants"
+        raise UsageError(f"unknown variant {name!r}", expected=expected, found=name)
+    close = difflib.get_close_matches(base.upper(), known, n=1)
+    raise UsageError(
+        f"unknown quantization {name!r}",
+        expected=", ".join(preset_names()) + ", or a recipe file ending in .toml",
+        found=name,
+        fix=(f"did you mean {known[close[0]]}? " if close else "") + "`gguf3n recipes list` tells them all",
+    )
+
+
+@lru_cache(maxsize=1)
+def _presets() -> Mapping[str, Any]:
+    """Name -> file of everything in presets/."""
+    entries = (files("gguf3n.recipes") / "presets").iterdir()
+    return {entry.name.removesuffix(SUFFIX): entry for entry in entries if entry.name.endswith(SUFFIX)}
+
+
+@lru_cache(maxsize=256)
+def _preset(name: str) -> RecipeFile:
+    return parse(_presets()[name].read_text(encoding="utf-8"), name, strict=False)
+
+
+def _build(chain: _Chain, name: str) -> Recipe:
+    def setting(key: str, default: Any = None) -> Any:
+        return next((table[key] for table in chain.settings if key in table), default)
+
+    qtype: QType | None = setting("type")
+    if qtype is None:
+        raise UsageError(f"{chain.origin}: no base type", expected='type = "Q4_K", or a recipe to inherit from')
+    return Recipe(
+        name=name,
+        qtype=qtype,
+        ftype=setting("ftype") or guess_ftype(qtype),
+        rules=chain.rules,
+        token_embd=setting("token_embd"),
+        ple=setting("ple"),
+        unevaluated=setting("unevaluated"),
+        keep=setting("keep", Keep.F16),
+        n_layers=setting("n_layers"),
+        summary=setting("summary", ""),
+        note=setting("note", ""),
+    )
+
+
+def _override(text: str) -> Rule:
+    """A rule of the command line, as in "blk.*.attn_v.weight=Q8_0"."""
+    option = f"--tensor-type {text}"
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"{option}: not PATTERN=TYPE", expected="--tensor-type 'blk.*.attn_v.weight=Q8_0'", found=text)
+    is_regex = pattern.startswith("re:")
+    pattern = pattern.removeprefix("re:")
+    if is_regex:
+        _check_regex(pattern, option)
+    return Rule((pattern,), _option_type(name, option), option, is_regex=is_regex, place=option, strict=True)
+
+
+def _check_regex(pattern: str, option: str) -> None:
+    import re
+
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{option}: not a regular expression", found=str(error)) from error
+
+
+def _option_type(name: str, option: str) -> QType:
+    try:
+        return parse_type(name)
+    except ValueError:
+        raise UsageError(f"{option}: unusable type {name!r}", expected=A_TYPE, found=name) from None
