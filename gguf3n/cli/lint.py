@@ -1,0 +1,129 @@
+"""`gguf3n lint`: what is wrong with a GGUF file of Gemma 3n."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gguf3n.cli import options
+from gguf3n.cli.console import columns, print_json, progress_bar
+from gguf3n.cli.paint import filled, paint
+from gguf3n.cli.timing import timed
+from gguf3n.errors import FindingsError, UsageError
+from gguf3n.inspection.lint import CHECKS, Check, Finding, Group, Report, Severity
+from gguf3n.inspection.lint import lint as run_lint
+
+SCHEMA = "gguf3n.lint/1"
+SHOWN = 3
+"""Findings of one check that are printed; the JSON has all."""
+STYLES = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
+LABELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "note"}
+
+
+def lint(
+    file: Annotated[str | None, typer.Argument(help="A GGUF file: a path, an https URL, or ORG/REPO[:QUANT].")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read the tensors too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
+    checks: Annotated[bool, typer.Option("--checks", help="Print the table of checks.")] = False,
+    github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub Actions.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Say what is wrong with a GGUF file, for which engine, and what mends it. Exit code 12 for errors."""
+    if checks:
+        _print_checks(as_json=json)
+        return
+    if file is None:
+        raise UsageError("no file", expected="a GGUF file, or --checks")
+    source = file if "://" in file or not Path(file).exists() else Path(file)
+    with progress_bar(quiet=quiet or not deep) as progress:
+        report = run_lint(source, with_data=deep, progress=timed(progress))
+    failed = report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0)
+    if json:
+        print_json(_as_json(report, ok=not failed))
+    elif github:
+        _print_annotations(report)
+    else:
+        _print_report(report)
+    if failed:
+        raise typer.Exit(FindingsError.exit_code)
+
+
+def _print_report(report: Report) -> None:
+    print(paint(report.name, "bold"))
+    for check in CHECKS:
+        found = [finding for finding in report.findings if finding.check is check]
+        if found:
+            print_findings(found)
+    if report.skipped:
+        print(f"\n{filled(report.skipped, 0)}")
+    print(f"\n{_summary(report)}")
+
+
+def print_findings(found: Sequence[Finding]) -> None:
+    """The findings of one check: what, what it means, what to do."""
+    check = found[0].check
+    label = LABELS[check.severity]
+    print(f"\n{paint(label, STYLES[check.severity])} {paint(check.id, 'bold')}")
+    lines = [finding.found for finding in found[:SHOWN]]
+    if len(found) > SHOWN:
+        lines.append(f"and {len(found) - SHOWN} more")
+    for line in (*lines, f"→ {check.meaning}", f"→ {check.fix}"):
+        print(filled(line))
+
+
+def _summary(report: Report) -> str:
+    counts = ", ".join(_counted(report.count(severity), LABELS[severity]) for severity in Severity)
+    return f"{report.n_checks} checks: {counts}"
+
+
+def _counted(n: int, word: str) -> str:
+    return f"{n} {word}" + ("" if n == 1 else "s")
+
+
+def _print_annotations(report: Report) -> None:
+    """Source: workflow commands of GitHub Actions, whose values are percent-encoded."""
+    for finding in report.findings:
+        message = _escaped(f"{finding.found}: {finding.check.meaning}. To do: {finding.check.fix}")
+        name = _escaped(report.name).replace(":", "%3A").replace(",", "%2C")
+        print(f"::{finding.check.severity.value} file={name},title={finding.check.id}::{message}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _as_json(report: Report, *, ok: bool) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "path": report.name,
+        "ok": ok,
+        "n_checks": report.n_checks,
+        "skipped": report.skipped,
+        "counts": {LABELS[severity]: report.count(severity) for severity in Severity},
+        "findings": [finding_json(finding) for finding in report.findings],
+    }
+
+
+def finding_json(finding: Finding) -> dict[str, str]:
+    """A finding with its check's row of the table."""
+    return {**_check_json(finding.check), "found": finding.found}
+
+
+def _check_json(check: Check) -> dict[str, str]:
+    return {"id": check.id, "severity": LABELS[check.severity], "meaning": check.meaning, "fix": check.fix}
+
+
+def _print_checks(*, as_json: bool) -> None:
+    if as_json:
+        print_json({"schema": SCHEMA, "checks": [{**_check_json(c), "group": c.group.value} for c in CHECKS]})
+        return
+    rows = [(check.id, LABELS[check.severity], check) for check in CHECKS]
+    for line, (_, _, check) in zip(columns([row[:2] for row in rows], "<<"), rows, strict=True):
+        data = " (with --deep)" if check.group is Group.DATA else ""
+        print(paint(line, STYLES[check.severity]) + data)
+        for text in (check.meaning, f"→ {check.fix}"):
+            print(filled(text, 4))

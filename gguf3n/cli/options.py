@@ -1,0 +1,48 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gguf3n.recipes import PLE_TYPES, preset_names
+
+TYPE_NAMES = ", ".join(preset_names())
+PLE_NAMES = ", ".join(qtype.name for qtype in PLE_TYPES)
+
+Quants = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--quant", "-q", help=f"Quantization: a name or a recipe file; repeat for several files. {TYPE_NAMES}."
+    ),
+]
+Like = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Give each tensor the type it has in this GGUF file: a path, https URL or org/repo:QUANT; repeatable."
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="A .gguf file or a directory. [default: ./NAME-TYPE.gguf]")
+]
+Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama-imatrix (.gguf or .dat).")]
+Ple = Annotated[str | None, typer.Option(help=f"Type of per_layer_token_embd. {PLE_NAMES}.")]
+TokenEmbd = Annotated[str | None, typer.Option(help="Type of token_embd.")]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type", help="PATTERN=TYPE, as in 'blk.*.attn_v.weight=Q8_0'; repeatable, the first match decides."
+    ),
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(help="f16 or bf16, for the matrices that are never quantized. [default: f16 where it holds them]"),
+]
+Against = Annotated[str | None, typer.Option(help="With --dry-run: show what differs from this quantization.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Workers. [default: processors + 2]")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON result on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and results.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]

@@ -1,0 +1,118 @@
+"""`gguf3n recipes`: which quantizations there are, what is in them, and the one that a file has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gguf3n.cli import options
+from gguf3n.cli.console import columns, human_bytes, print_json, print_note
+from gguf3n.conversion import read_recipe
+from gguf3n.errors import OutputError
+from gguf3n.gemma3n.published import PUBLISHED
+from gguf3n.planning import Estimate, estimate
+from gguf3n.recipes import Recipe, find_recipe, format_recipe, preset_names, variant_names
+
+app = typer.Typer(name="recipes", help="List, show and extract quantizations.", no_args_is_help=True)
+
+
+def list_recipes(
+    all_names: Annotated[bool, typer.Option("--all", help="Also NAME@llama.cpp and NAME@2025.")] = False,
+    json: options.Json = False,
+) -> None:
+    """List the quantizations: size of an E2B and an E4B file, bits a weight, advice."""
+    names = list(preset_names())
+    if all_names:
+        names += [variant for name in preset_names() for variant in variant_names(name)]
+    found = [(recipe, _estimates(recipe)) for recipe in map(find_recipe, names)]
+    found.sort(key=lambda pair: -pair[1]["E4B"].total_bytes)
+    if json:
+        print_json([_as_json(recipe, estimates) for recipe, estimates in found])
+        return
+    rows = [("name", *PUBLISHED, "bits", "advice")]
+    for recipe, estimates in found:
+        sizes = [human_bytes(each.total_bytes) for each in estimates.values()]
+        rows.append((recipe.name, *sizes, f"{estimates['E4B'].bits_per_weight:.2f}", recipe.summary))
+    for line in columns(rows, "<" + ">" * len(PUBLISHED) + "><"):
+        print(line)
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A quantization, or a recipe file.")],
+    json: options.Json = False,
+) -> None:
+    """Show a quantization in full, as a file to copy and change."""
+    recipe = find_recipe(name)
+    estimates = _estimates(recipe)
+    if json:
+        print_json(_as_json(recipe, estimates) | {"rules": [_rule_json(recipe, i) for i in range(len(recipe.rules))]})
+        return
+    print(format_recipe(recipe, [_size_line(size, each) for size, each in estimates.items()]), end="")
+
+
+def extract(
+    source: Annotated[str, typer.Argument(help="A GGUF file: a path, an https URL, or org/repo:QUANT on the Hub.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .toml file. [default: stdout]")] = None,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+) -> None:
+    """Write the recipe that gives a model the types of a GGUF file, tensor by tensor; reads its header only."""
+    recipe = read_recipe(source)
+    if recipe.note:
+        print_note("note", recipe.note, quiet=quiet)
+    text = format_recipe(recipe)
+    if output is None:
+        print(text, end="")
+        return
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists already", fix="add --force to replace it or choose another name with -o")
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written", found=error.strerror or str(error)) from error
+
+
+def _estimates(recipe: Recipe) -> dict[str, Estimate]:
+    """For each published size that the recipe is for."""
+    return {
+        size: estimate(recipe, config)
+        for size, config in PUBLISHED.items()
+        if recipe.n_layers in (None, config.num_hidden_layers)
+    }
+
+
+def _size_line(size: str, found: Estimate) -> str:
+    counts = ", ".join(f"{count} {qtype.name}" for qtype, count in found.type_counts.items())
+    need = ", needs an importance matrix" if found.needs_imatrix else ""
+    return f"{size}: {human_bytes(found.total_bytes)}, {found.bits_per_weight:.2f} bits a weight, {counts}{need}"
+
+
+def _as_json(recipe: Recipe, estimates: dict[str, Estimate]) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "note": recipe.note,
+        "sizes": {
+            size: {
+                "bytes": each.total_bytes,
+                "bits_per_weight": round(each.bits_per_weight, 4),
+                "types": {qtype.name: count for qtype, count in each.type_counts.items()},
+                "needs_imatrix": each.needs_imatrix,
+            }
+            for size, each in estimates.items()
+        },
+    }
+
+
+def _rule_json(recipe: Recipe, index: int) -> dict[str, Any]:
+    rule = recipe.rules[index]
+    return {
+        "patterns": list(rule.patterns),
+        "is_regex": rule.is_regex,
+        "layers": None if rule.layers is None else list(rule.layers.parts),
+        "imatrix": rule.imatrix,
+        "type": rule.qtype.name,
+        "reason": rule.reason,
+    }

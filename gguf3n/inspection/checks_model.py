@@ -1,0 +1,317 @@
+"""Checks of the model: gemma3n.* keys and tensors against each other. Each yields what is wrong, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
+
+from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
+from gguf3n.formats.gguf_reader import GGUFArray, GGUFKey
+from gguf3n.gemma3n.config import LLAMA_CPP_FIXED
+from gguf3n.gemma3n.metadata import ARCH, KEYS
+from gguf3n.gemma3n.tensors import Storage
+from gguf3n.inspection.subject import N_KV_LAYERS, OPTIONAL_TENSORS, SIZE_KEYS, TABLES, Subject
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES
+
+U32, I32, F32, BOOL, STRING, ARRAY = (
+    GGUFValueType.UINT32,
+    GGUFValueType.INT32,
+    GGUFValueType.FLOAT32,
+    GGUFValueType.BOOL,
+    GGUFValueType.STRING,
+    GGUFValueType.ARRAY,
+)
+SHARED_KV = Keys.Attention.SHARED_KV_LAYERS.format(arch=ARCH)
+
+REQUIRED: tuple[str, ...] = (
+    Keys.LLM.BLOCK_COUNT,
+    Keys.LLM.CONTEXT_LENGTH,
+    Keys.LLM.EMBEDDING_LENGTH,
+    Keys.LLM.FEED_FORWARD_LENGTH,
+    Keys.Attention.HEAD_COUNT,
+    Keys.Attention.LAYERNORM_RMS_EPS,
+    Keys.Attention.SLIDING_WINDOW,
+)
+"""Without one of these llama.cpp does not load the file. Source: load_hparams, gemma3n.cpp's load_arch_hparams."""
+
+KEY_TYPES: dict[str, tuple[GGUFValueType, ...]] = {
+    Keys.General.ARCHITECTURE: (STRING,),
+    Keys.General.NAME: (STRING,),
+    Keys.General.FILE_TYPE: (U32,),
+    Keys.General.QUANTIZATION_VERSION: (U32,),
+    Keys.Tokenizer.MODEL: (STRING,),
+    Keys.Tokenizer.PRE: (STRING,),
+    Keys.Tokenizer.CHAT_TEMPLATE: (STRING,),
+    Keys.Tokenizer.BOS_ID: (U32,),
+    Keys.Tokenizer.EOS_ID: (U32,),
+    Keys.Tokenizer.UNK_ID: (U32,),
+    Keys.Tokenizer.PAD_ID: (U32,),
+    Keys.Tokenizer.SEP_ID: (U32,),
+    Keys.Tokenizer.MASK_ID: (U32,),
+    Keys.Tokenizer.EOT_ID: (U32,),
+    Keys.Tokenizer.EOM_ID: (U32,),
+    Keys.Tokenizer.ADD_BOS: (BOOL,),
+    Keys.Tokenizer.ADD_EOS: (BOOL,),
+    Keys.Tokenizer.ADD_SEP: (BOOL,),
+    Keys.Tokenizer.ADD_PREFIX: (BOOL,),
+    **{key.name.format(arch=ARCH): (key.type,) for key in KEYS if not key.is_array},
+}
+"""Scalar keys and the types that their readers take. Source: get_key of llama-model-loader.cpp demands them exactly."""
+
+ARRAY_TYPES: dict[str, tuple[GGUFValueType, ...]] = {
+    Keys.Tokenizer.LIST: (STRING,),
+    Keys.Tokenizer.SCORES: (F32,),
+    Keys.Tokenizer.TOKEN_TYPE: (I32,),
+    **{key.name.format(arch=ARCH): (key.type,) for key in KEYS if key.is_array},
+    Keys.LLM.FEED_FORWARD_LENGTH.format(arch=ARCH): (I32, U32),
+}
+"""Array keys and the types of their elements."""
+
+ALSO_ARRAYS = frozenset(k.format(arch=ARCH) for k in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
+ALSO_SCALARS = frozenset({Keys.LLM.FEED_FORWARD_LENGTH.format(arch=ARCH)})
+"""Keys that llama.cpp takes as one value or as one for each layer."""
+
+LAYER_ARRAYS: tuple[str, ...] = (
+    Keys.LLM.FEED_FORWARD_LENGTH,
+    Keys.Attention.SLIDING_WINDOW_PATTERN,
+    Keys.LLM.ACTIVATION_SPARSITY_SCALE,
+    Keys.Attention.HEAD_COUNT,
+    Keys.Attention.HEAD_COUNT_KV,
+)
+
+OWN_CHECKS = (Keys.LLM.BLOCK_COUNT, Keys.Attention.SHARED_KV_LAYERS)
+"""Of SIZE_KEYS, those that `block_count` and `fixed_sizes` look at."""
+
+FTYPE_TYPES: Mapping[LlamaFileType, QType] = {
+    LlamaFileType.MOSTLY_Q2_K_S: QType.Q2_K,
+    LlamaFileType.MOSTLY_Q3_K_S: QType.Q3_K,
+    LlamaFileType.MOSTLY_Q3_K_M: QType.Q3_K,
+    LlamaFileType.MOSTLY_Q3_K_L: QType.Q3_K,
+    LlamaFileType.MOSTLY_Q4_K_S: QType.Q4_K,
+    LlamaFileType.MOSTLY_Q4_K_M: QType.Q4_K,
+    LlamaFileType.MOSTLY_Q5_K_S: QType.Q5_K,
+    LlamaFileType.MOSTLY_Q5_K_M: QType.Q5_K,
+    LlamaFileType.MOSTLY_IQ2_S: QType.IQ2_XS,
+    LlamaFileType.MOSTLY_IQ2_M: QType.IQ2_S,
+    LlamaFileType.MOSTLY_IQ3_XS: QType.IQ3_S,
+    LlamaFileType.MOSTLY_IQ3_M: QType.IQ3_S,
+    LlamaFileType.ALL_F32: QType.F32,
+}
+"""The type that a file type is named for, where its name says another. Source: llama_model_quantize_impl."""
+
+GUESSED_FTYPES: Mapping[QType, LlamaFileType] = {
+    QType.Q3_K: LlamaFileType.MOSTLY_Q3_K_M,
+    QType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
+    QType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
+    QType.F32: LlamaFileType.ALL_F32,
+}
+"""What llama.cpp takes a file for by its most frequent type, where the name of the type does not say."""
+
+
+def missing_keys(subject: Subject) -> Iterator[str]:
+    for name in REQUIRED:
+        if name.format(arch=ARCH) not in subject.gguf.keys:
+            yield name.format(arch=ARCH)
+
+
+def assumed_keys(subject: Subject) -> Iterator[str]:
+    for key in KEYS:
+        if key.name not in REQUIRED and key.name.format(arch=ARCH) not in subject.gguf.keys:
+            yield key.name.format(arch=ARCH)
+
+
+def shared_kv_type(subject: Subject) -> Iterator[str]:
+    key = subject.gguf.keys.get(SHARED_KV)
+    if key is not None and key.type is not U32:
+        yield f"{key.name} is {key.type_name}, not uint32"
+
+
+def mistyped_keys(subject: Subject) -> Iterator[str]:
+    for key in subject.gguf.keys.values():
+        if key.name != SHARED_KV and (types := wanted_types(key)):
+            yield f"{key.name} is {key.type_name}, not {types}"
+
+
+def wanted_types(key: GGUFKey) -> str:
+    """The types that a key should have, where it has none of them; else nothing."""
+    scalars, elements = KEY_TYPES.get(key.name), ARRAY_TYPES.get(key.name)
+    if isinstance(key.value, GGUFArray):
+        if elements is None and key.name in ALSO_ARRAYS:
+            elements = (U32, I32)
+        if elements is None:
+            return f"{scalars[0].name.lower()}" if scalars else ""
+        return "" if key.value.element_type in elements else f"array of {elements[0].name.lower()}"
+    if scalars is None and key.name in ALSO_SCALARS:
+        scalars = (U32,)
+    if scalars is None:
+        return f"array of {elements[0].name.lower()}" if elements else ""
+    return "" if key.type in scalars else str(scalars[0].name.lower())
+
+
+def array_lengths(subject: Subject) -> Iterator[str]:
+    for name in LAYER_ARRAYS:
+        array = subject.array(name)
+        if array is not None and len(array) != subject.n_layers:
+            yield f"{name.format(arch=ARCH)} has {len(array)} items for {subject.n_layers} layers"
+
+
+def block_count(subject: Subject) -> Iterator[str]:
+    count = subject.integer(Keys.LLM.BLOCK_COUNT)
+    if count is not None and count != subject.n_layers:
+        yield f"block_count {count}, tensors of {subject.n_layers} layers"
+
+
+def size_keys(subject: Subject) -> Iterator[str]:
+    """Keys that say another size than the tensors have."""
+    for name in SIZE_KEYS:
+        key = subject.gguf.keys.get(name.format(arch=ARCH))
+        expected = subject.expected_keys.get(name.format(arch=ARCH))
+        if key is None or expected is None or name in OWN_CHECKS:
+            continue
+        if not _says(key, expected):
+            yield f"{key.name} {_text(key)}, by the tensors {_text(expected)}"
+
+
+def _says(key: GGUFKey, expected: KeyValue) -> bool:
+    """Whether a key's value is the one expected, as a scalar or for each layer."""
+    wanted = expected.value
+    if isinstance(key.value, GGUFArray):
+        if key.value.element_type is STRING or len(key.value) > 1 << 12:
+            return False
+        values = key.value.tolist()
+        return values == list(wanted) if isinstance(wanted, tuple | list) else set(values) <= {wanted}
+    if isinstance(wanted, tuple | list):
+        return set(wanted) == {key.value}
+    return key.value == wanted
+
+
+def _text(key: GGUFKey | KeyValue) -> str:
+    value = key.value
+    items: list[Scalar] = value.head(64) if isinstance(value, GGUFArray) else []
+    if isinstance(value, tuple | list):
+        items = list(value)
+    if not isinstance(value, GGUFArray | tuple | list):
+        return str(value)
+    distinct = list(dict.fromkeys(items))
+    return "[" + ", ".join(map(str, distinct[:4])) + (", …]" if len(distinct) > 4 else "]")
+
+
+def fixed_sizes(subject: Subject) -> Iterator[str]:
+    words = subject.sizes.by_word
+    has = {
+        "altup_num_inputs": words.get("altup"),
+        "laurel_rank": words.get("laurel"),
+        "hidden_size_per_layer_input": words.get("ple"),
+        "altup_active_idx": subject.integer(Keys.LLM.ALTUP_ACTIVE_IDX),
+        "n_sparse_layers": _n_sparse(subject),
+        "n_kv_layers": None if subject.n_layers >= N_KV_LAYERS else subject.n_layers,
+    }
+    shared = subject.integer(Keys.Attention.SHARED_KV_LAYERS)
+    if shared is not None and subject.n_layers >= N_KV_LAYERS:
+        has["n_kv_layers"] = subject.n_layers - shared
+    for name, fixed in LLAMA_CPP_FIXED:
+        value = has.get(name)
+        if value is not None and value != fixed:
+            yield f"{name} is {value}, and {fixed} in llama.cpp"
+
+
+def _n_sparse(subject: Subject) -> int | None:
+    scales = subject.array(Keys.LLM.ACTIVATION_SPARSITY_SCALE)
+    if scales is None or scales.element_type is STRING or len(scales) != subject.n_layers:
+        return None
+    return int((scales.numpy() > 0).sum())
+
+
+def mixed_ffn(subject: Subject) -> Iterator[str]:
+    widths = Counter(width for width in subject.sizes.ffn if width)
+    if len(widths) > 1:
+        yield ", ".join(f"{width} in {n} layers" for width, n in widths.most_common())
+
+
+def missing_tensors(subject: Subject) -> Iterator[str]:
+    if not subject.n_layers:
+        yield "there are no layers"
+    for name in subject.wanted:
+        if name not in subject.gguf.tensors and not subject.is_idle(name):
+            yield name
+
+
+def missing_idle_tensors(subject: Subject) -> Iterator[str]:
+    for name in subject.wanted:
+        if name not in subject.gguf.tensors and subject.is_idle(name):
+            yield name
+
+
+def extra_tensors(subject: Subject) -> Iterator[str]:
+    for name in subject.gguf.tensors:
+        if name not in subject.wanted and name not in OPTIONAL_TENSORS:
+            yield name
+
+
+def wrong_shapes(subject: Subject) -> Iterator[str]:
+    for tensor, rule, bid in subject.known_tensors():
+        expected = subject.expected_shape(rule, bid)
+        if tensor.name in TABLES and expected is not None and len(tensor.shape) == 2:
+            expected = (tensor.shape[0], expected[1])  # their rows have a check of their own
+        if expected is not None and tensor.shape != expected:
+            yield f"{tensor.name} is {list(tensor.shape)}, not {list(expected)}"
+
+
+def float_tensors(subject: Subject) -> Iterator[str]:
+    for tensor, rule, _ in subject.known_tensors():
+        if rule.storage is Storage.FLOAT32 and tensor.qtype is not QType.F32:
+            yield f"{tensor.name} is {tensor.qtype.name}, not F32"
+
+
+def ple_type(subject: Subject) -> Iterator[str]:
+    tensor = subject.gguf.tensors.get(PER_LAYER_TOKEN_EMBD)
+    if tensor is not None and tensor.qtype not in PLE_TYPES:
+        yield f"{tensor.name} is {tensor.qtype.name}"
+
+
+def table_rows(subject: Subject) -> Iterator[str]:
+    rows = {name: n for name in TABLES if (n := subject.n_rows(name)) is not None}
+    if subject.tokens:
+        rows["the vocabulary"] = len(subject.tokens)
+    if len(set(rows.values())) > 1:
+        yield ", ".join(f"{name} {n:,}" for name, n in rows.items())
+
+
+def file_type(subject: Subject) -> Iterator[str]:
+    value = subject.number(Keys.General.FILE_TYPE)
+    if value is None:
+        yield f"there is no {Keys.General.FILE_TYPE}"
+        return
+    try:
+        ftype = LlamaFileType(value)
+    except ValueError:
+        yield f"{Keys.General.FILE_TYPE} {value} is none"
+        return
+    qtype = FTYPE_TYPES.get(ftype) or QType.__members__.get(ftype.name.removeprefix("MOSTLY_"))
+    if qtype is not None and (found := layer_types(subject)) and qtype not in found:
+        yield f"{ftype.name}, but the matrices are {', '.join(t.name for t, _ in found.most_common(3))}"
+
+
+def layer_types(subject: Subject) -> Counter[QType]:
+    """How many of the matrices that a recipe may quantize have each type, the two tables left out."""
+    known = subject.known_tensors()
+    return Counter(t.qtype for t, rule, bid in known if rule.storage is Storage.QUANTIZABLE and bid is not None)
+
+
+def guessed_file_type(subject: Subject) -> LlamaFileType | None:
+    """The file type that the matrices look like."""
+    found = layer_types(subject)
+    if not found:
+        return None
+    qtype = found.most_common(1)[0][0]
+    return GUESSED_FTYPES.get(qtype) or LlamaFileType.__members__.get(f"MOSTLY_{qtype.name}")
+
+
+def quantization_version(subject: Subject) -> Iterator[str]:
+    value = subject.number(Keys.General.QUANTIZATION_VERSION)
+    if value is None:
+        yield f"there is no {Keys.General.QUANTIZATION_VERSION}"
+    elif value != GGML_QUANT_VERSION:
+        yield f"{Keys.General.QUANTIZATION_VERSION} {value}, not {GGML_QUANT_VERSION}"

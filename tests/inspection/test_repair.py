@@ -1,0 +1,248 @@
+"""How repair and edit write: what they change, what they leave, what undoes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gguf3n.errors import GGUFError, OutputError, UsageError
+from gguf3n.formats import gguf_draft
+from gguf3n.formats.gguf_draft import Draft
+from gguf3n.formats.gguf_layout import GGUFValueType as VT
+from gguf3n.formats.gguf_layout import KeyValue
+from gguf3n.formats.gguf_reader import open_gguf, open_part
+from gguf3n.inspection.edit import edit
+from gguf3n.inspection.lint import lint
+from gguf3n.inspection.repair import repair
+from tests.inspection.faults import PLANTS, drafted
+
+SHARED_KV = "gemma3n.attention.shared_kv_layers"
+TEMPLATE = "tokenizer.chat_template"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_dry_run_writes_nothing(copy: Path) -> None:
+    shift_to(copy, SHARED_KV, 0)
+    PLANTS["shared-kv-type"](copy)
+    before, stat = digest(copy), copy.stat()
+    result = repair(copy, dry_run=True)
+    assert result.how == "in place"
+    assert [fix.check_id for fix in result.fixes] == ["shared-kv-type"]
+    assert digest(copy) == before
+    assert copy.stat().st_mtime_ns == stat.st_mtime_ns
+
+
+def test_in_place_changes_a_few_bytes_of_the_same_file(copy: Path) -> None:
+    shift_to(copy, SHARED_KV, 0)
+    before, inode = copy.read_bytes(), copy.stat().st_ino
+    PLANTS["shared-kv-type"](copy)
+    assert repair(copy).how == "in place"
+    assert copy.stat().st_ino == inode
+    assert copy.read_bytes() == before
+
+
+def test_another_file(copy: Path, tmp_path: Path) -> None:
+    PLANTS["shared-kv-type"](copy)
+    before = digest(copy)
+    assert repair(copy, output=tmp_path / "mended.gguf").how == "copied"
+    assert digest(copy) == before
+    assert lint(tmp_path / "mended.gguf").findings == ()
+    with pytest.raises(OutputError, match="exists"):
+        repair(copy, output=tmp_path / "mended.gguf")
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link], ids=["symlink", "hard-link"])
+def test_what_has_another_name_is_copied(copy: Path, tmp_path: Path, make: Any) -> None:
+    """As in the Hub's cache, where a file's name is its digest."""
+    PLANTS["shared-kv-type"](copy)
+    before, link = digest(copy), tmp_path / "link.gguf"
+    make(copy, link)
+    assert repair(link).how == "copied"
+    assert digest(copy) == before
+    assert not link.is_symlink()
+    assert lint(link).findings == ()
+
+
+def test_several_faults_at_once(copy: Path) -> None:
+    planted = ("size-key", "missing-shared-kv", "token-scores", "file-type", "table-rows", "gaps", "duplicate-key")
+    for check_id in planted:
+        PLANTS[check_id](copy)
+    result = repair(copy)
+    assert {fix.check_id for fix in result.fixes} >= set(planted) - {"gaps"}  # rows were added, so all is placed anew
+    assert result.left == ()
+
+
+def test_only_what_is_named(copy: Path) -> None:
+    for check_id in ("size-key", "file-type"):
+        PLANTS[check_id](copy)
+    result = repair(copy, only=("file-type",))
+    assert {finding.check.id for finding in result.left} == {"size-key"}
+    with pytest.raises(UsageError, match="no fix"):
+        repair(copy, only=("truncated",))
+
+
+def test_what_cannot_be_mended_is_left_alone(copy: Path) -> None:
+    PLANTS["truncated"](copy)
+    before = digest(copy)
+    result = repair(copy)
+    assert result.how == "unchanged"
+    assert {finding.check.id for finding in result.left} == {"truncated"}
+    assert digest(copy) == before
+
+
+def test_nothing_is_left_behind_where_the_disk_refuses(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTS["assumed-key"](copy)
+    before = digest(copy)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gguf3n.formats.offset_files.OffsetFiles.write_at", fail)
+    with pytest.raises(OutputError, match="full"):
+        repair(copy)
+    assert digest(copy) == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def shift_to(path: Path, name: str, place: int) -> None:
+    """Put a filler before a key, so that its value's type stands at a place of its sector."""
+    with drafted(path) as draft:
+        draft.put("x", struct.pack("<Q1sIQ", 1, b"x", VT.STRING, 0), index=1)
+    at = open_part(path).keys[name].offset + 8 + len(name)
+    n = (place - at) % 512
+    with drafted(path) as draft:
+        draft.put("x", struct.pack("<Q1sIQ", 1, b"x", VT.STRING, n) + b"y" * n)
+    assert (open_part(path).keys[name].offset + 8 + len(name)) % 512 == place
+
+
+def test_a_patch_is_within_a_sector(copy: Path) -> None:
+    """A change that crosses the end of a sector could be half written, so the file is copied."""
+    shift_to(copy, SHARED_KV, 508)
+    PLANTS["shared-kv-type"](copy)
+    draft = Draft(open_part(copy))
+    draft.set(KeyValue(SHARED_KV, VT.UINT32, 2))
+    assert draft.patches() is None
+    assert repair(copy).how == "copied"
+
+
+def test_a_text_is_one_patch_and_numbers_are_many(copy: Path) -> None:
+    draft = Draft(open_part(copy))
+    types = open_part(copy).value("tokenizer.ggml.token_type")
+    assert isinstance(types, list)
+    types[5], types[900] = 9, 9
+    draft.set(KeyValue("tokenizer.ggml.token_type", VT.ARRAY, types, VT.INT32))
+    patches = draft.patches()
+    assert patches is not None and len(patches) == 2
+    draft = Draft(open_part(copy))
+    text = str(open_part(copy).value(TEMPLATE))
+    draft.set(KeyValue(TEMPLATE, VT.STRING, "#" + text[1:-1] + "#"))
+    assert len(text) > 512 and draft.patches() is None
+
+
+def test_a_big_endian_or_split_file_is_refused(copy: Path, tmp_path: Path) -> None:
+    PLANTS["big-endian"](copy)
+    with pytest.raises(GGUFError, match="big-endian"):
+        repair(copy)
+
+
+OPERATIONS: list[dict[str, Any]] = [
+    {"op": "set", "key": "general.name", "type": "string", "value": "Another"},
+    {"op": "set", "key": "general.name", "type": "uint64", "value": 2**63},
+    {"op": "set", "key": TEMPLATE, "type": "string", "value": "{{ messages[0].content }}" * 100},
+    {"op": "set", "key": "new.flag", "type": "bool", "value": True},
+    {"op": "set", "key": "new.floats", "type": "float32[]", "value": [0.1, -2, 1e-40, float("inf")]},
+    {"op": "set", "key": "new.words", "type": "string[]", "value": ["ä", "", "\0"]},
+    {"op": "set", "key": "new.empty", "type": "string[]", "value": []},
+    {"op": "set", "key": SHARED_KV, "type": "float32", "value": 2.0},
+    {"op": "set", "key": "general.alignment", "type": "uint32", "value": 64},
+    {"op": "unset", "key": "tokenizer.ggml.scores"},
+    {"op": "unset", "key": "general.architecture"},
+    {"op": "rename", "key": "tokenizer.ggml.tokens", "to": "x"},
+    {"op": "rename", "key": "gemma3n.block_count", "to": "gemma3n.attention.a_much_longer_name"},
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: f"{operation['op']} {operation['key']}")
+def test_edit_and_undo_give_the_same_bytes(copy: Path, operation: dict[str, Any]) -> None:
+    before = copy.read_bytes()
+    result = edit(copy, [operation])
+    gguf = open_gguf(copy)
+    if operation["op"] == "set":
+        assert gguf.keys[operation["key"]].type_name in (operation["type"], f"array of {operation['type'][:-2]}")
+        value = gguf.value(operation["key"])
+        if operation["type"] != "float32[]":
+            assert value == operation["value"]
+    assert copy.read_bytes() != before
+    back = edit(copy, json.loads(json.dumps(result.undo)))
+    assert copy.read_bytes() == before
+    assert edit(copy, json.loads(json.dumps(back.undo))).how in ("in place", "copied")
+    edit(copy, result.undo)
+    assert copy.read_bytes() == before
+
+
+def test_many_edits_and_their_undo(copy: Path) -> None:
+    before = copy.read_bytes()
+    for seed in range(3):
+        chosen = random.Random(seed).sample(OPERATIONS, 6)
+        chosen = [o for i, o in enumerate(chosen) if o["key"] not in [p["key"] for p in chosen[:i]]]
+        result = edit(copy, chosen)
+        edit(copy, result.undo)
+        assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        ({"op": "set", "key": "a", "type": "uint8", "value": 256}, "not a uint8"),
+        ({"op": "set", "key": "a", "type": "uint8", "value": True}, "not a uint8"),
+        ({"op": "set", "key": "a", "type": "uint32", "value": "1"}, "not a uint32"),
+        ({"op": "set", "key": "a", "type": "float32", "value": 1e39}, "not a float32"),
+        ({"op": "set", "key": "a", "type": "bool", "value": 1}, "not a bool"),
+        ({"op": "set", "key": "a", "type": "word", "value": 1}, "unknown type"),
+        ({"op": "set", "key": "a", "type": "string[]", "value": "b"}, "not a list"),
+        ({"op": "set", "key": "a", "type": "int8[]", "value": [1, 1000]}, "not a int8"),
+        ({"op": "set", "key": "", "type": "int8", "value": 1}, "without 'key'"),
+        ({"op": "unset", "key": "nothing"}, "no key"),
+        ({"op": "rename", "key": "general.name", "to": "general.architecture"}, "can't rename"),
+        ({"op": "rename", "key": "general.name", "to": ""}, "can't rename"),
+        ({"op": "restore", "key": "a", "index": 0, "packed": "!"}, "not base64"),
+        ({"op": "restore", "key": "a", "index": 0, "packed": "AAAA"}, "impossible"),
+        ({"op": "fly", "key": "a"}, "unknown operation"),
+        ({}, "without 'key'"),
+    ],
+)
+def test_an_edit_that_cannot_be(copy: Path, operation: dict[str, Any], message: str) -> None:
+    before = digest(copy)
+    with pytest.raises((UsageError, GGUFError), match=message):
+        edit(copy, [operation])
+    assert digest(copy) == before
+
+
+def test_an_alignment_that_cannot_be(copy: Path) -> None:
+    before = digest(copy)
+    with pytest.raises(GGUFError, match="power of two"):
+        edit(copy, [{"op": "set", "key": "general.alignment", "type": "uint32", "value": 24}])
+    assert digest(copy) == before
+
+
+def test_memory_is_bounded(copy: Path) -> None:
+    import tracemalloc
+
+    os.truncate(copy, copy.stat().st_size + (256 << 20))  # sparse, trailing
+    tracemalloc.start()
+    try:
+        edit(copy, [OPERATIONS[2]])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * gguf_draft.COPY_BYTES + (8 << 20)
