@@ -24,8 +24,6 @@ TEXTS = ("english.txt", "multilingual.txt")
 
 N_PIECES = 1024
 N_VISION_TOKENS = 32
-N_AUDIO_TOKENS = 32
-VOCAB_SIZE = N_PIECES + N_VISION_TOKENS + N_AUDIO_TOKENS
 
 _TAGS = (
     ("table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"),

@@ -1,9 +1,7 @@
 """How every quantizer of this package is compiled, and the scalar arithmetic that they share.
 
 The lane technique: one lane is one block, and a search runs in all lanes at once. State lies in one scratch array
-`S[row, lane]`, lanes last. Most types compute with its rows as vectors (vectors.py). Those that loop over `LANES`
-lanes rely on LLVM, which makes vector instructions of such loops as long as there is a single base pointer: separate
-arrays could alias.
+`S[row, lane]`, lanes last, and kernels compute with its rows as vectors (vectors.py).
 
 Exactness: the bytes are those of ggml built without FMA contraction. So fastmath stays off (numba neither contracts
 nor reorders then), every constant is a float32, and sums keep ggml's order.
@@ -17,8 +15,6 @@ from typing import Any
 
 import numba
 import numpy as np
-
-LANES = 64
 
 FLAGS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": False, "error_model": "numpy"}
 
