@@ -11,7 +11,7 @@
     ├── QuantizationError        9   values or importances that a type cannot hold
     ├── OutputError             10   exists, no permission, no space
     ├── GGUFError               11   a GGUF file that breaks the format
-    ├── FindingsError           12   lint found faults, or diff differences
+    ├── FindingsError           12   lint or validate found faults, or diff differences
     └── Interrupted            130   Ctrl-C or SIGTERM
 
 A message has up to four parts: what is wrong and where, what was expected, what was found, what to do.

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_writer import GGUFWriter
 from gguf3n.formats.offset_files import OffsetFiles
 from gguf3n.formats.source import SourceTensor
+from gguf3n.gemma3n.tensors import MappedTensor
 from gguf3n.planning import Plan, PlannedTensor
 
 CHUNK_WEIGHTS = 1 << 18
@@ -72,17 +73,65 @@ def default_threads() -> int:
 
 
 def chunks(plan: Plan, chunk_weights: int = CHUNK_WEIGHTS) -> Iterator[Chunk]:
-    """Cut all tensors into chunks of whole rows."""
-    for index, planned in enumerate(plan.tensors):
-        step = max(1, chunk_weights // planned.source.n_per_row)
+    """Cut all tensors of a plan into chunks of whole rows."""
+    return cut([planned.source for planned in plan.tensors], chunk_weights)
+
+
+def cut(tensors: Iterable[MappedTensor], chunk_weights: int = CHUNK_WEIGHTS) -> Iterator[Chunk]:
+    """Cut tensors into chunks of whole rows."""
+    for index, tensor in enumerate(tensors):
+        step = max(1, chunk_weights // tensor.n_per_row)
         if step > ROW_GROUP:
             step -= step % ROW_GROUP
         first_row = 0
-        for rows in planned.source.rows:
+        for rows in tensor.rows:
             for source_row in range(0, rows.n_rows, step):
                 n_rows = min(step, rows.n_rows - source_row)
                 yield Chunk(index, first_row, n_rows, rows.source, source_row)
                 first_row += n_rows
+
+
+class SourceReader:
+    """Reads rows of source tensors as float32; one for all threads."""
+
+    def __init__(self) -> None:
+        from gguf3n.quants import floats  # numba: only when there is something to convert
+
+        self.floats = floats
+        self.files = OffsetFiles("r")
+
+    def read(self, source: SourceTensor, first_row: int, raw: np.ndarray) -> None:
+        """Fill a buffer with the bytes of consecutive rows. Raises: CheckpointError."""
+        offset = source.offset + first_row * source.row_bytes
+        try:
+            n = self.files.read_into(source.path, offset, raw)
+        except OSError as error:
+            raise CheckpointError(
+                f"{source.path}: tensor {source.name!r} cannot be read", found=error.strerror or str(error)
+            ) from error
+        if n != len(raw):
+            raise CheckpointError(
+                f"{source.path}: the file became shorter while tensor {source.name!r} was read",
+                expected=f"{len(raw):,} bytes at {offset:,}",
+                found=f"{n:,} bytes",
+            )
+
+    def widen(self, dtype: str, raw: np.ndarray, values: np.ndarray) -> float:
+        """Source bytes to float32; the largest magnitude, infinite or NaN where a value is not finite."""
+        match dtype:
+            case "BF16":
+                return float(self.floats.bf16_to_f32(raw.view(np.uint16), values))
+            case "F16":
+                return float(self.floats.f16_to_f32(raw.view(np.uint16), values))
+            case "F32":
+                values[:] = raw.view(np.float32)
+            case _:
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+                    values[:] = dequantize(raw, QType[dtype])
+        return float(self.floats.largest_magnitude(values))
+
+    def close(self) -> None:
+        self.files.close()
 
 
 def run(
@@ -141,18 +190,16 @@ class _Work:
     def __init__(
         self, plans: Sequence[Plan], writers: Sequence[GGUFWriter], stop: threading.Event, chunk_weights: int
     ) -> None:
-        from gguf3n.quants import floats  # numba: only when there is something to convert
         from gguf3n.quants.api import quantize_rows
 
         self.plans = plans
         self.writers = writers
         self.stop = stop
-        self.files = OffsetFiles("r")
+        self.reader = SourceReader()
         self.chunks = chunks(plans[0], chunk_weights)
         self.lock = threading.Lock()
         self.done_bytes = 0
         self.total_bytes = _source_bytes(plans[0])
-        self.floats = floats
         self.quantize_rows = quantize_rows
         self.largest = max(max(chunk_weights, tensor.source.n_per_row) for plan in plans for tensor in plan.tensors)
 
@@ -181,8 +228,8 @@ class _Work:
             largest = 0.0
         else:
             raw = raw[: chunk.n_rows * chunk.source.row_bytes]
-            self.read(chunk, chunk.source, raw)
-            largest = self.widen(chunk.source.dtype, raw, values)
+            self.reader.read(chunk.source, chunk.source_row, raw)
+            largest = self.reader.widen(chunk.source.dtype, raw, values)
             if not math.isfinite(largest):
                 raise _not_finite(chunk, chunk.source, tensor.n_per_row, values)
         rows = values.reshape(chunk.n_rows, tensor.n_per_row)
@@ -198,35 +245,6 @@ class _Work:
             writer.write_at(slot.offset + chunk.first_row * n_row_bytes, out)
         return len(raw)
 
-    def read(self, chunk: Chunk, source: SourceTensor, raw: np.ndarray) -> None:
-        offset = source.offset + chunk.source_row * source.row_bytes
-        try:
-            n = self.files.read_into(source.path, offset, raw)
-        except OSError as error:
-            raise CheckpointError(
-                f"{source.path}: tensor {source.name!r} cannot be read", found=error.strerror or str(error)
-            ) from error
-        if n != len(raw):
-            raise CheckpointError(
-                f"{source.path}: the file became shorter while tensor {source.name!r} was read",
-                expected=f"{len(raw):,} bytes at {offset:,}",
-                found=f"{n:,} bytes",
-            )
-
-    def widen(self, dtype: str, raw: np.ndarray, values: np.ndarray) -> float:
-        """Source bytes to float32; the largest magnitude, infinite or NaN where a value is not finite."""
-        match dtype:
-            case "BF16":
-                return float(self.floats.bf16_to_f32(raw.view(np.uint16), values))
-            case "F16":
-                return float(self.floats.f16_to_f32(raw.view(np.uint16), values))
-            case "F32":
-                values[:] = raw.view(np.float32)
-            case _:
-                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-                    values[:] = dequantize(raw, QType[dtype])
-        return float(self.floats.largest_magnitude(values))
-
     def quantize(self, rows: np.ndarray, largest: float, planned: PlannedTensor, out: np.ndarray) -> None:
         qtype = planned.slot.qtype
         if not self.quantize_rows(rows, qtype, planned.quant_weights, out, largest):
@@ -238,7 +256,7 @@ class _Work:
             )
 
     def close(self) -> None:
-        self.files.close()
+        self.reader.close()
 
 
 def _source_bytes(plan: Plan) -> int:

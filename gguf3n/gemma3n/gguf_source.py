@@ -67,7 +67,7 @@ def read_gguf_source(path: Path, *, allow_requantize: bool = False) -> Model:
         notices.append(
             f"the source is quantized already ({', '.join(quantized)}): what it has lost is lost, and is rounded again"
         )
-    return Model(str(path), _name(path), tuple(_keys(first)), tuple(tensors), tuple(notices))
+    return Model(str(path), path, _name(path), tuple(_keys(first)), tuple(tensors), tuple(notices))
 
 
 def _parts(path: Path) -> list[Path]:

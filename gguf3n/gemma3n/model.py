@@ -21,10 +21,12 @@ from gguf3n.gemma3n.tokenizer import read_vocabulary
 class Model:
     """What is to be written, whatever its types: tensors with the place of their rows, and metadata.
 
-    `keys` are all but those that say how the file is quantized; `notices` are what a user should know of this source.
+    `origin` is the source as the user named it, `path` the directory or GGUF file that it is read from. `keys` are all
+    but those that say how the file is quantized; `notices` are what a user should know of this source.
     """
 
     origin: str
+    path: Path
     name: str
     keys: tuple[KeyValue, ...]
     tensors: tuple[MappedTensor, ...]
@@ -68,6 +70,7 @@ def read_checkpoint(
         notices.append("the checkpoint has no chat template; chat programs will fall back to one of their own")
     return Model(
         origin=origin,
+        path=directory,
         name=(repo_id or os.path.abspath(directory)).replace("\\", "/").rsplit("/", 1)[-1],
         keys=(*general_keys(directory, repo_id, mapping.n_weights), *model_keys(config), *tokenizer_keys(vocabulary)),
         tensors=mapping.tensors,

@@ -1,0 +1,52 @@
+"""Text -> token ids by sentencepiece, of a checkpoint that has tokenizer.model alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gguf.constants import TokenType
+
+from gguf3n.gemma3n.config import read_config
+from gguf3n.gemma3n.tokenizer import read_vocabulary
+
+WHOLE = (TokenType.CONTROL, TokenType.UNKNOWN)
+
+
+class SentencePieces:
+    """A checkpoint's tokenizer.model, and the tokens that sentencepiece does not look for in a text.
+
+    These are the control tokens, and those that other files add to its pieces; they are found first, as transformers
+    does.
+
+    Raises: SourceError or a class below it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.vocabulary = read_vocabulary(directory, read_config(directory))
+        self._processor = SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto((directory / "tokenizer.model").read_bytes())
+        n_pieces = self._processor.vocab_size()
+        self._whole = {
+            text: i
+            for i, (text, kind) in enumerate(zip(self.vocabulary.tokens, self.vocabulary.types, strict=True))
+            if kind in WHOLE or (i >= n_pieces and kind is TokenType.USER_DEFINED)
+        }
+        longest_first = sorted(self._whole, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids; with `add_special`, those that the tokenizer adds before and after."""
+        ids: list[int] = []
+        for part in self._split.split(text):
+            if part in self._whole:
+                ids.append(self._whole[part])
+            else:
+                ids += self._processor.EncodeAsIds(part)
+        if add_special and self.vocabulary.add_tokens.get("bos", True):
+            ids.insert(0, self.vocabulary.special_ids["bos"])
+        if add_special and self.vocabulary.add_tokens.get("eos", False):
+            ids.append(self.vocabulary.special_ids["eos"])
+        return ids
