@@ -1,7 +1,7 @@
-"""Finds llama.cpp's own two programs, for the scripts that compare with them.
+"""Finds llama.cpp's own programs, for the scripts that compare with them.
 
 convert_hf_to_gguf.py comes in the source distribution of llama-cpp-python, llama-quantize as a function of the module
-that it builds. Neither is needed to use gguf3n.
+that it builds, the other programs are compiled from the same sources. None is needed to use gguf3n.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ HOW_TO_GET = f"""llama.cpp's tools were not found. To get them from PyPI:
     export LLAMA_CPP_DIR=$PWD/llama_cpp_python-{VERSION}/vendor/llama.cpp
 LLAMA_CPP_PYTHON may name another Python that has llama-cpp-python."""
 
+PROGRAMS = ("llama-imatrix", "llama-perplexity", "llama-quantize")
+HOW_TO_COMPILE = f"""llama.cpp's programs were not found. To compile them from PyPI's sources:
+    pip download --no-deps --no-binary :all: llama-cpp-python=={VERSION}
+    tar xf llama_cpp_python-{VERSION}.tar.gz
+    cd llama_cpp_python-{VERSION}/vendor/llama.cpp
+    cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=OFF
+    cmake --build build --target {" ".join(PROGRAMS)}
+    export LLAMA_CPP_BIN=$PWD/build/bin"""
+
 
 def converter() -> Path:
     """The path of convert_hf_to_gguf.py; leaves with advice where it is not found."""
@@ -32,6 +41,14 @@ def converter() -> Path:
     if not path.is_file():
         sys.exit(HOW_TO_GET)
     return path
+
+
+def program(name: str) -> str:
+    """The path of a compiled program of PROGRAMS; leaves with advice where it is not found."""
+    path = Path(os.environ.get("LLAMA_CPP_BIN", "")) / name
+    if not path.is_file():
+        sys.exit(HOW_TO_COMPILE)
+    return str(path)
 
 
 def quantizer_python() -> str:
@@ -71,12 +88,12 @@ def chosen_types(source: Path, ftype: str, imatrix: bool) -> dict[str, str]:
     return dict(json.loads(run(command)))
 
 
-def run(command: list[str]) -> str:
-    """Run a tool quietly and return its output; leaves with it if the tool fails."""
+def run(command: list[str], *, with_log: bool = False) -> str:
+    """Run a tool quietly and return its output, `with_log` its stderr too; leaves with both if the tool fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
+    return done.stdout + done.stderr if with_log else done.stdout
 
 
 def _parameters(ftype: str) -> Any:

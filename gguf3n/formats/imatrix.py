@@ -12,7 +12,7 @@ Source: common/imatrix-loader.cpp and tools/imatrix/imatrix.cpp of llama.cpp.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.errors import GGUFError
+from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC, GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor, open_gguf
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+
+LEGACY_CHUNK_SIZE = 512
+"""What llama-imatrix takes the chunks of a legacy file to have had, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,77 @@ class Entry:
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """A whole file. `chunk_size` is 0 where the file does not say."""
+    """A whole file. `chunk_size` is 0 where the file does not say.
+
+    In a legacy file sums are means times the number of chunks, and counts are chunks, not activations.
+    """
 
     path: Path
     entries: Mapping[str, Entry]
     datasets: tuple[str, ...] = ()
     chunk_count: int = 0
     chunk_size: int = 0
+    is_legacy: bool = False
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks that every matrix has seen; 0 where the file does not say how long a chunk is.
+
+        Why: `chunk_count` goes by the largest count, and AltUp's router is evaluated twice a token.
+        """
+        size = 1 if self.is_legacy else self.chunk_size
+        return int(min((entry.counts.max() for entry in self.entries.values()), default=0)) // size if size else 0
+
+
+def chunk_count(entries: Iterable[Entry], chunk_size: int) -> int:
+    """What llama-imatrix writes as the number of chunks."""
+    # ggml quirk: the largest count decides, which of a Gemma 3n is that of AltUp's router, twice the others'
+    return int(max((entry.counts.max() for entry in entries), default=0)) // chunk_size
+
+
+def merge_imatrices(imatrices: Sequence[ImportanceMatrix], *, chunk_size: int | None = None) -> ImportanceMatrix:
+    """Sums and counts of several files added, as if their texts had been measured together.
+
+    Args:
+        chunk_size: what a legacy file's chunks had, which it does not say; by default that of the other files, or 512.
+
+    Exact: as llama-imatrix adds several `--in-file`, float32 additions in this order.
+
+    Raises: UsageError: files that were made for different models, or with chunks of different sizes.
+    """
+    sizes = {imatrix.chunk_size: imatrix.path for imatrix in imatrices if imatrix.chunk_size}
+    if len(sizes) > 1:
+        raise UsageError(
+            "importance matrices that were measured with chunks of different sizes",
+            expected="one --ctx for all",
+            found=", ".join(f"{size} in {path}" for size, path in sizes.items()),
+            fix="measure them again with the same --ctx",
+        )
+    size = next(iter(sizes), None) or chunk_size or LEGACY_CHUNK_SIZE
+    entries: dict[str, Entry] = {}
+    for imatrix in imatrices:
+        scale = np.float32(size if imatrix.is_legacy else 1)
+        for name, entry in imatrix.entries.items():
+            scaled = Entry(entry.sums * scale, entry.counts * scale)
+            entries[name] = _add(entries[name], scaled, name, imatrix.path) if name in entries else scaled
+    return ImportanceMatrix(
+        path=Path("merged"),
+        entries=entries,
+        datasets=tuple(dataset for imatrix in imatrices for dataset in imatrix.datasets),
+        chunk_count=chunk_count(entries.values(), size),
+        chunk_size=size,
+    )
+
+
+def _add(one: Entry, other: Entry, name: str, path: Path) -> Entry:
+    if one.sums.shape != other.sums.shape:
+        raise UsageError(
+            f"{path}: entry {name!r} has another length than in the files before it",
+            expected=" x ".join(map(str, one.sums.shape)),
+            found=" x ".join(map(str, other.sums.shape)),
+            fix="merge only what was measured on one model",
+        )
+    return Entry(one.sums + other.sums, one.counts + other.counts)
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
@@ -147,13 +214,15 @@ def _read_legacy(path: Path, data: bytes) -> ImportanceMatrix:
         entries[name] = Entry(sums, np.array([max(n_calls, 1)], np.float32))
     if not entries:
         raise GGUFError(f"{path}: an importance matrix without entries")
-    chunk_count = number() if position < len(data) else 0
+    n_chunks = number() if position < len(data) else 0
     dataset = take(number()).decode("utf-8", "replace") if position < len(data) else ""
-    return ImportanceMatrix(path, entries, (dataset,) if dataset else (), chunk_count)
+    return ImportanceMatrix(path, entries, (dataset,) if dataset else (), n_chunks, is_legacy=True)
 
 
 def write_imatrix(imatrix: ImportanceMatrix, path: str | Path, *, force: bool = False) -> None:
     """Write the GGUF form, which llama-quantize reads; entries in the order of their names.
+
+    Exact: the bytes that llama-imatrix writes for the same values.
 
     Raises: OutputError.
     """
@@ -166,8 +235,13 @@ def write_imatrix(imatrix: ImportanceMatrix, path: str | Path, *, force: bool = 
     arrays = []
     for name, entry in sorted(imatrix.entries.items()):
         arrays += [(name + SUMS, entry.sums), (name + COUNTS, entry.counts.reshape(-1, 1))]
-    layout = lay_out(keys, [(name, array.shape, QType.F32) for name, array in arrays])
+    layout = lay_out(keys, [(name, _ggml_shape(array.shape), QType.F32) for name, array in arrays])
     with GGUFWriter(Path(path), layout, force=force) as writer:
         for slot, (_, array) in zip(layout.slots, arrays, strict=True):
             writer.write_at(slot.offset, np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8))
         writer.commit()
+
+
+def _ggml_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the ones in front, which ggml does not write. Source: ggml_n_dims."""
+    return shape[1:] if len(shape) == 2 and shape[0] == 1 else shape

@@ -1,15 +1,19 @@
-"""Importance matrices: both forms, and what is wrong with broken ones."""
+"""Importance matrices: both forms, several added, and what is wrong with broken ones."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
+import compare_imatrix
 import numpy as np
 import pytest
 
-from gguf3n.errors import GGUFError
-from gguf3n.formats.imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
+from gguf3n.errors import GGUFError, UsageError
+from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count, merge_imatrices, read_imatrix, write_imatrix
 
 RNG = np.random.default_rng(0)
 
@@ -88,3 +92,60 @@ def test_a_gguf_without_sums_is_no_importance_matrix(tmp_path: Path) -> None:
     write_imatrix(ImportanceMatrix(path, {}), path)
     with pytest.raises(GGUFError, match="not an importance matrix"):
         read_imatrix(path)
+
+
+def matrix(seed: int = 0, *, chunk_size: int = 64, n: int = 32, name: str = "blk.0.attn_q.weight") -> ImportanceMatrix:
+    sums = np.random.default_rng(seed).random((1, n), np.float32)
+    entry = Entry(sums, np.array([128 * (seed + 1)], np.float32))
+    return ImportanceMatrix(Path(f"{seed}.gguf"), {name: entry}, (f"{seed}.txt",), 2 * (seed + 1), chunk_size)
+
+
+def test_merged_as_llama_imatrix_merges_them(tmp_path: Path) -> None:
+    """Two files of the GGUF form and a legacy one; the bytes are recorded by scripts/compare_imatrix.py."""
+    golden = json.loads(compare_imatrix.GOLDEN.read_text("utf-8"))
+    merged = compare_imatrix.merge_ours(compare_imatrix.sample_files(tmp_path), tmp_path / "merged.gguf")
+    assert hashlib.sha256(merged).hexdigest() == golden["merged"]
+
+
+def test_sums_and_counts_are_added() -> None:
+    parts = [matrix(0), matrix(1), matrix(2, name="blk.1.attn_q.weight")]
+    merged = merge_imatrices(parts)
+    (one, two, three) = (next(iter(part.entries.values())) for part in parts)
+    assert np.array_equal(merged.entries["blk.0.attn_q.weight"].sums, one.sums + two.sums)
+    assert merged.entries["blk.0.attn_q.weight"].counts == [384]
+    assert np.array_equal(merged.entries["blk.1.attn_q.weight"].sums, three.sums)
+    assert merged.datasets == ("0.txt", "1.txt", "2.txt")
+    assert (merged.chunk_count, merged.chunk_size, merged.n_chunks) == (6, 64, 6)
+    assert np.array_equal(parts[0].entries["blk.0.attn_q.weight"].sums, matrix(0).entries["blk.0.attn_q.weight"].sums)
+
+
+@pytest.mark.parametrize(("others", "asked", "size"), [([], None, 512), ([], 100, 100), ([matrix(0)], 100, 64)])
+def test_a_legacy_file_counts_chunks(others: list[ImportanceMatrix], asked: int | None, size: int) -> None:
+    legacy = replace(matrix(1), is_legacy=True, chunk_size=0)
+    assert legacy.n_chunks == 256
+    merged = merge_imatrices([legacy, *others], chunk_size=asked)
+    entry = merged.entries["blk.0.attn_q.weight"]
+    added = next(iter(others[0].entries.values())) if others else Entry(np.zeros((1, 32)), np.zeros(1))
+    assert np.array_equal(
+        entry.sums, legacy.entries["blk.0.attn_q.weight"].sums * np.float32(size) + added.sums.astype(np.float32)
+    )
+    assert entry.counts == [256 * size + added.counts[0]]
+    assert merged.chunk_size == size and not merged.is_legacy
+
+
+def test_what_does_not_belong_together_is_not_added() -> None:
+    with pytest.raises(UsageError, match="different sizes"):
+        merge_imatrices([matrix(0), matrix(1, chunk_size=128)])
+    with pytest.raises(UsageError, match=r"blk\.0\.attn_q"):
+        merge_imatrices([matrix(0), matrix(1, n=64)])
+
+
+def test_chunks() -> None:
+    """AltUp's router counts twice, which llama-imatrix takes for twice the chunks."""
+    entries = {
+        "blk.0.attn_q.weight": Entry(np.ones((1, 4), np.float32), np.array([256], np.float32)),
+        "blk.0.altup_router.weight": Entry(np.ones((1, 4), np.float32), np.array([512], np.float32)),
+    }
+    assert chunk_count(entries.values(), 128) == 4
+    assert ImportanceMatrix(Path("x"), entries, (), 4, 128).n_chunks == 2
+    assert ImportanceMatrix(Path("x"), entries, (), 4, 0).n_chunks == 0
