@@ -26,7 +26,9 @@ def library() -> ctypes.CDLL:
     try:
         import xllamacpp
     except ImportError as error:
-        raise UsageError("llama.cpp's quantizers are not available", fix="pip install xllamacpp") from error
+        raise UsageError(
+            "llama.cpp cannot be called: no module xllamacpp", fix="pip install 'gguf3n[validate]'"
+        ) from error
     (path,) = Path(str(xllamacpp.__file__)).parent.glob("xllamacpp*.so")
     lib = ctypes.CDLL(str(path))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
@@ -73,13 +75,21 @@ def quantize(rows: np.ndarray, qtype: QType, quant_weights: np.ndarray | None = 
     return out
 
 
+def dequantize_into(blocks: np.ndarray, qtype: QType, out: np.ndarray) -> None:
+    """ggml's dequantize_row without any checks; not for F32.
+
+    Shapes: blocks uint8, out float32, contiguous, both of the same weights.
+    """
+    names = {QType.F16: "ggml_fp16_to_fp32_row", QType.BF16: "ggml_bf16_to_fp32_row"}
+    spelled = qtype.name if qtype.name.endswith("_K") else qtype.name.lower()
+    function = getattr(library(), names.get(qtype, f"dequantize_row_{spelled.replace('Q', 'q', 1)}"))
+    function(ctypes.c_void_p(blocks.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.size))
+
+
 def dequantize(blocks: np.ndarray, qtype: QType) -> np.ndarray:
     """Dequantize with ggml: uint8[n_rows, row_bytes] -> float32[n_rows, n_per_row]; not for F32."""
     blocks = np.ascontiguousarray(blocks, dtype=np.uint8)
     block_size, block_bytes = GGML_QUANT_SIZES[qtype]
-    names = {QType.F16: "ggml_fp16_to_fp32_row", QType.BF16: "ggml_bf16_to_fp32_row"}
-    spelled = qtype.name if qtype.name.endswith("_K") else qtype.name.lower()
-    function = getattr(library(), names.get(qtype, f"dequantize_row_{spelled.replace('Q', 'q', 1)}"))
     out = np.empty((blocks.shape[0], blocks.shape[1] // block_bytes * block_size), dtype=np.float32)
-    function(ctypes.c_void_p(blocks.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.size))
+    dequantize_into(blocks, qtype, out)
     return out

@@ -1,26 +1,94 @@
-"""llama.cpp in this process: its server, through the xllamacpp wheel."""
+"""llama.cpp, however it can be reached: its C API, its server in this process, or a server that is running elsewhere.
+
+    open_llama_cpp(path)   the C API (llama_library), or the server where the wheel's C API is of another version
+    LlamaProcess(path)     the same in a process of its own (llama_process), which may abort
+    LlamaCpp(path)         the server in this process, through the xllamacpp wheel; also tokenizes and generates
+    LlamaServer(url)       a llama-server by its address
+
+All give the log-probabilities of the whole vocabulary. A server returns them as the candidates for one generated token,
+so it is asked once a position, with the text up to there.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import GGUFError, UsageError
+from gguf3n.validation.llama_library import LlamaLibrary, UnknownLayout
 
 # more than any vocabulary: the server then returns all of it
 _ALL_TOKENS = 1 << 24
 
+ALL_CANDIDATES: dict[str, Any] = {
+    "n_predict": 1,
+    "temperature": 0.0,
+    "n_probs": _ALL_TOKENS,
+    "post_sampling_probs": False,
+    "logit_bias": [["a", 1e4]],
+}
+"""What makes a server report the distribution over the whole vocabulary.
+
+Why: the bias makes it pick a letter, since it may report no distribution beside a token that it does not emit; what it
+reports is taken before the bias.
+"""
+
+TIMEOUT_SECONDS = 600
+"""For one answer of a server elsewhere; a large prompt on a slow machine takes minutes."""
+
+KEY_VARIABLE = "LLAMA_API_KEY"
+"""Where llama-server itself looks for the key it demands."""
+
+
+class Engine(Protocol):
+    """What runs a model over a text."""
+
+    name: str
+
+    def logprobs(self, token_ids: Sequence[int], *, first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """For each position of a text, from `first` on, the log-probabilities of what follows it.
+
+        Shapes: `[vocab]` a position.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees the model."""
+        ...
+
+
+def open_llama_cpp(
+    path: str | os.PathLike[str], *, n_ctx: int = 512, n_threads: int | None = None
+) -> LlamaLibrary | LlamaCpp:
+    """A GGUF file in llama.cpp in this process, on the CPU.
+
+    Raises: GGUFError: llama.cpp does not load the file. UsageError: xllamacpp is not installed.
+    """
+    try:
+        return LlamaLibrary(path, n_ctx=n_ctx, n_threads=n_threads or processors())
+    except UnknownLayout:
+        return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
+
+
+def processors() -> int:
+    """The processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
 
 class LlamaCpp:
-    """A GGUF file that llama.cpp has loaded, on the CPU.
+    """A GGUF file that llama.cpp's server has loaded in this process, on the CPU.
 
         with LlamaCpp("model.gguf") as model:
             model.generate("The capital of France is", 8)
@@ -37,13 +105,14 @@ class LlamaCpp:
             raise UsageError(
                 "llama.cpp cannot be run: no module xllamacpp", fix="pip install 'gguf3n[validate]'"
             ) from error
+        self.name = f"llama.cpp's server, xllamacpp {xllamacpp.__version__}"
         params = xllamacpp.CommonParams()
         params.model.path = str(Path(path))
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, 512)
         params.n_parallel = 1
         params.n_gpu_layers = 0
-        params.cpuparams.n_threads = n_threads or os.cpu_count() or 1
+        params.cpuparams.n_threads = n_threads or processors()
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_ram_mib = 0
@@ -67,58 +136,132 @@ class LlamaCpp:
         """Frees the model."""
         self._server = None
 
+    @property
+    def url(self) -> str:
+        """Where the server listens, on the loopback interface."""
+        address: str = self._server.listening_address
+        return address
+
     def next_token_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Log-probabilities of the token after these.
 
         Shapes: `[vocab]`.
-
-        Why: the bias makes the server pick a letter, since it may report no distribution beside a token that it does
-        not emit; what it reports is taken before the bias.
         """
         return self._next_token_logprobs(token_ids, cache_prompt=False)
 
     def _next_token_logprobs(self, token_ids: Sequence[int], *, cache_prompt: bool) -> NDArray[np.float32]:
-        options = {"n_probs": _ALL_TOKENS, "post_sampling_probs": False, "logit_bias": [["a", 1e4]]}
-        choice = self._complete(list(token_ids), 1, cache_prompt=cache_prompt, **options)
+        choice = self._complete(list(token_ids), **ALL_CANDIDATES, cache_prompt=cache_prompt)
         (step,) = choice["logprobs"]["content"]
-        entries = step["top_logprobs"]
-        logprobs = np.full(len(entries), -np.inf, dtype=np.float32)
-        logprobs[[entry["id"] for entry in entries]] = [entry["logprob"] for entry in entries]
-        return logprobs
+        return _distribution(step["top_logprobs"])
 
-    def logprobs(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """For each position of a text the log-probabilities of what follows it.
+    def logprobs(self, token_ids: Sequence[int], *, first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """For each position of a text, from `first` on, the log-probabilities of what follows it.
 
         Shapes: `[vocab]` a position.
 
         Why: one request a prefix, for which llama.cpp computes one token and finds the others in its cache.
         """
-        for end in range(1, len(token_ids) + 1):
-            yield self._next_token_logprobs(token_ids[:end], cache_prompt=end > 1)
+        for end in range(first + 1, len(token_ids) + 1):
+            yield self._next_token_logprobs(token_ids[:end], cache_prompt=end > first + 1)
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the begin mark first and, if `special`, special tokens in the text recognized."""
         request = {"content": text, "add_special": True, "parse_special": special}
-        tokens: list[int] = self._post("/tokenize", request)["tokens"]
+        tokens: list[int] = post(f"{self.url}/tokenize", request)["tokens"]
         return tokens
 
     def generate(self, prompt: str | Sequence[int], n: int) -> str:
         """At most `n` further tokens, always the most likely one."""
-        text: str = self._complete(prompt if isinstance(prompt, str) else list(prompt), n)["text"]
+        prompt = prompt if isinstance(prompt, str) else list(prompt)
+        text: str = self._complete(prompt, n_predict=n, temperature=0.0, cache_prompt=False)["text"]
         return text
 
-    def _complete(self, prompt: str | list[int], n: int, **options: Any) -> dict[str, Any]:
-        request = {"prompt": prompt, "n_predict": n, "temperature": 0.0, "cache_prompt": False, **options}
-        answer = self._server.handle_completions(request)
+    def _complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+        answer = self._server.handle_completions({"prompt": prompt, **options})
         if "choices" not in answer:
             raise GGUFError("llama.cpp does not complete this prompt", found=json.dumps(answer)[:500])
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    def _post(self, path: str, request: dict[str, Any]) -> Any:
-        """The parts of the server that the wheel does not wrap, over its loopback port."""
-        url = self._server.listening_address + path
-        headers = {"Content-Type": "application/json"}
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(urllib.request.Request(url, json.dumps(request).encode(), headers)) as answer:
-            return json.load(answer)
+
+class LlamaServer:
+    """A llama-server that is running, by its address; its cache and its device are what it was started with.
+
+    Args:
+        url: as in "http://127.0.0.1:8080".
+
+    Raises: UsageError: no address, or nothing answers there; a server that is no llama-server, that refuses the
+        request (a key is taken from the variable LLAMA_API_KEY), or that does not return the whole vocabulary.
+    """
+
+    def __init__(self, url: str) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"--server {url}: not an address", expected="one like http://127.0.0.1:8080")
+        self.url = url.rstrip("/")
+        self.name = f"llama-server at {self.url}"
+        self._get("/health")
+
+    def close(self) -> None:
+        """The server goes on running."""
+
+    def logprobs(self, token_ids: Sequence[int], *, first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """For each position of a text, from `first` on, the log-probabilities of what follows it.
+
+        Shapes: `[vocab]` a position.
+        """
+        for end in range(first + 1, len(token_ids) + 1):
+            request = {"prompt": [int(i) for i in token_ids[:end]], "cache_prompt": True, **ALL_CANDIDATES}
+            yield self._distribution(self._get("/completion", request))
+
+    def _distribution(self, answer: Any) -> NDArray[np.float32]:
+        try:
+            (step,) = answer["completion_probabilities"]
+            return _distribution(step["top_logprobs"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UsageError(
+                f"{self.url}: the server does not return the whole vocabulary's probabilities",
+                expected="completion_probabilities with every token's logprob, as llama-server's /completion has them",
+                found=json.dumps(answer)[:200],
+            ) from error
+
+    def _get(self, path: str, request: dict[str, Any] | None = None) -> Any:
+        try:
+            return post(self.url + path, request)
+        except urllib.error.HTTPError as error:
+            found = f"{error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
+            raise UsageError(
+                f"{self.url}{path}: the server refuses",
+                found=found,
+                fix=f"is it a llama-server, with a model loaded and a context that is large enough? "
+                f"A key that it demands is taken from {KEY_VARIABLE}",
+            ) from error
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{self.url}{path}: not a llama-server", found=str(error)) from error
+        except OSError as error:  # URLError, a connection that breaks off, a time-out
+            reason = getattr(error, "reason", None) or error
+            raise UsageError(
+                f"{self.url}: no answer", found=str(reason), fix="start llama-server, or correct --server"
+            ) from error
+
+
+def _distribution(candidates: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+    """A server's list of candidates, in the order of their ids. Raises: ValueError: some token is missing."""
+    ids = np.array([candidate["id"] for candidate in candidates], dtype=np.int64)
+    logprobs = np.full(len(ids), np.nan, dtype=np.float32)
+    if not len(ids) or ids.min() < 0 or ids.max() >= len(ids):
+        raise ValueError("some of the vocabulary is missing")
+    logprobs[ids] = [candidate["logprob"] for candidate in candidates]
+    if np.isnan(logprobs).any():
+        raise ValueError("some of the vocabulary is missing")
+    return logprobs
+
+
+def post(url: str, request: dict[str, Any] | None) -> Any:
+    """A server's JSON answer, to GET where there is no request; no proxy stands between."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if request is None else json.dumps(request).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as answer:
+        return json.load(answer)

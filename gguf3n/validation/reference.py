@@ -1,7 +1,12 @@
-"""The reference: the checkpoint's text model in transformers, on the CPU in float32."""
+"""The reference: the checkpoint's text model in transformers, on torch.
+
+The output matrix has a row for each token of a large vocabulary, so the hidden states of a text are computed once and
+the logits a few positions at a time: what is in memory depends on the vocabulary, not on the length of the text.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,16 +21,31 @@ from gguf3n.errors import CheckpointError, ConfigError, UsageError
 # every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses
 _TEXT_NAMES = {r"^(base_model\.model\.)?(model\.language_model|language_model\.model|model)\.": "model."}
 
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+
+HEAD_POSITIONS = 32
+"""Positions whose logits are in memory at once: 34 MB in float32 at 262,400 tokens."""
+
+HEAD_ROWS = 16384
+"""Rows of the output matrix that are widened to float32 at once where they are not."""
+
 
 class Reference:
     """A checkpoint directory that transformers has loaded; only its text model, whatever else it holds.
 
-    Exact: BF16 and F16 weights are taken to float32 as they are; attention is computed plainly ("eager").
+    Args:
+        device: "cpu", "cuda", or "auto": CUDA where there is one.
+        dtype: what the weights are taken to and the layers computed in, "float32" or "bfloat16".
 
-    Raises: ConfigError: not a Gemma 3n. CheckpointError: tensors are missing. UsageError: no torch or no transformers.
+    Exact: in float32, BF16 and F16 weights are what they are; attention is computed plainly ("eager"), and logits in
+    float32 in either case.
+
+    Raises: ConfigError: not a Gemma 3n. CheckpointError: tensors are missing. UsageError: no torch or no transformers,
+        no such device or dtype.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike[str]) -> None:
+    def __init__(self, checkpoint: str | os.PathLike[str], *, device: str = "auto", dtype: str = "float32") -> None:
         try:
             import torch
             import transformers
@@ -33,7 +53,12 @@ class Reference:
             raise UsageError(
                 f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
             ) from error
+        self._torch = torch
         self.directory = Path(checkpoint)
+        self.device = _device(torch, device)
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
+        self.dtype = dtype
         config = json.loads((self.directory / "config.json").read_text("utf-8"))
         text = config.get("text_config", config)
         if text.get("model_type") != "gemma3n_text":
@@ -43,12 +68,14 @@ class Reference:
                 found=str(text.get("model_type")),
             )
         shown = transformers.logging.get_verbosity()
+        bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         try:
-            self._model, info = transformers.Gemma3nForCausalLM.from_pretrained(
+            model, info = transformers.Gemma3nForCausalLM.from_pretrained(
                 self.directory,
                 config=transformers.Gemma3nTextConfig(**text),
-                dtype=torch.float32,
+                dtype=getattr(torch, dtype),
                 attn_implementation="eager",
                 key_mapping=_TEXT_NAMES,
                 local_files_only=True,
@@ -56,47 +83,126 @@ class Reference:
             )
         finally:
             transformers.logging.set_verbosity(shown)
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
-        self._torch = torch
-        self._model.eval()
+        self._model = model.eval().to(self.device)
+        self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
 
-    def logprobs(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """For each position of a text the log-probabilities of what follows it; the text is read once.
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the model."""
+        self._model = None
+        gc.collect()  # its parts refer to each other
+        if self.device == "cuda":
+            self._torch.cuda.empty_cache()
+
+    @property
+    def model(self) -> Any:
+        """The torch module: transformers' Gemma3nForCausalLM, `model.model` its text model, for hooks on its parts."""
+        return self._model
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._model.config.vocab_size)
+
+    def run(self, token_ids: Sequence[int]) -> Any:
+        """The text model without the output matrix, once over a text; what hooks on `model` see.
+
+        Shapes: a torch tensor `[n_tokens, hidden_size]` of `dtype`, on `device`.
+        """
+        with self._torch.no_grad():
+            ids = self._torch.tensor([list(token_ids)], device=self.device)
+            return self._model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+    def logprobs(self, token_ids: Sequence[int], *, first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """For each position of a text, from `first` on, the log-probabilities of what follows it.
 
         Shapes: `[vocab]` a position.
         """
         torch = self._torch
+        hidden = self.run(token_ids)
+        for start in range(first, len(token_ids), HEAD_POSITIONS):
+            for row in self.logits(hidden[start : start + HEAD_POSITIONS]):
+                logprobs: NDArray[np.float32] = torch.log_softmax(row.double(), dim=-1).float().cpu().numpy()
+                yield logprobs
+
+    def logits(self, hidden: Any) -> Any:
+        """The output matrix and the soft cap, as Gemma3nForCausalLM.forward has them, but in float32 always.
+
+        Shapes: `[n, hidden_size]` -> float32 `[n, vocab]`, on `device`.
+
+        Why: bfloat16 logits have steps of an eighth from 16 on, more than quantization changes them.
+        """
+        torch = self._torch
+        weight, cap = self._model.lm_head.weight, self._model.config.final_logit_softcapping
         with torch.no_grad():
-            logits = self._model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
-        for row in logits:
-            logprobs: NDArray[np.float32] = torch.log_softmax(row.double(), dim=-1).float().numpy()
-            yield logprobs
+            if weight.dtype == torch.float32:
+                logits = hidden @ weight.T
+            else:
+                logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=self.device)
+                for row in range(0, len(weight), HEAD_ROWS):
+                    rows = weight[row : row + HEAD_ROWS]
+                    logits[:, row : row + len(rows)] = hidden.float() @ rows.float().T
+            return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def next_token_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Log-probabilities of the token after these.
 
         Shapes: `[vocab]`.
         """
-        *_, last = self.logprobs(token_ids)
+        (last,) = self.logprobs(token_ids, first=len(token_ids) - 1)
         return last
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with the begin mark first and special tokens in the text recognized."""
-        ids: list[int] = self._tokenizer().encode(text)
-        return ids
+        return tokenize(self.directory, text)
 
     def generate(self, prompt: str | Sequence[int], n: int) -> str:
         """At most `n` further tokens, always the most likely one."""
         ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         made = self._model.generate(
-            self._torch.tensor([ids]), max_new_tokens=n, do_sample=False, top_k=None, top_p=None, pad_token_id=0
+            self._torch.tensor([ids], device=self.device),
+            max_new_tokens=n,
+            do_sample=False,
+            top_k=None,
+            top_p=None,
+            pad_token_id=0,
         )
-        text: str = self._tokenizer().decode(made[0, len(ids) :], skip_special_tokens=True)
+        text: str = _tokenizer(self.directory).decode(made[0, len(ids) :], skip_special_tokens=True)
         return text
 
-    def _tokenizer(self) -> Any:
-        import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+def tokenize(directory: Path, text: str, *, special: bool = True) -> list[int]:
+    """The checkpoint's own token ids, with the begin mark first and, if `special`, special tokens recognized.
+
+    Raises: UsageError: no transformers.
+    """
+    ids: list[int] = _tokenizer(directory).encode(text, split_special_tokens=not special)
+    return ids
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            "the reference tokenizer cannot be run: no module transformers", fix="pip install 'gguf3n[validate]'"
+        ) from error
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _device(torch: Any, device: str) -> str:
+    if device not in DEVICES:
+        raise UsageError(f"device {device!r}", expected=" or ".join(DEVICES))
+    has_cuda = bool(torch.cuda.is_available())
+    if device == "cuda" and not has_cuda:
+        raise UsageError("device cuda: torch finds none here", fix="--device cpu, or a torch that is built for CUDA")
+    return "cuda" if device != "cpu" and has_cuda else "cpu"

@@ -1,9 +1,16 @@
-"""The llama.cpp engine on a one-layer Llama that is written here, with the small vocabulary."""
+"""The ways to llama.cpp on a one-layer Llama that is written here, with the small vocabulary."""
 
 from __future__ import annotations
 
+import http.server
+import json
+import socket
+import struct
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,12 +18,16 @@ import pytest
 import sentencepiece
 from make_checkpoint import TOKENIZER
 
-from gguf3n.errors import GGUFError
-from gguf3n.validation.llama_cpp import LlamaCpp
+from gguf3n.errors import GGUFError, UsageError
+from gguf3n.validation import ggml, llama_library, llama_process
+from gguf3n.validation.llama_cpp import LlamaCpp, LlamaServer, open_llama_cpp
+from gguf3n.validation.llama_library import N_BATCH, LlamaLibrary, UnknownLayout, check_parameters
+from gguf3n.validation.llama_process import PROGRAM, LlamaProcess
 
 pytest.importorskip("xllamacpp")
 
 N_VOCAB, N_EMBD, N_FF, N_HEADS = 1024, 64, 128, 2
+IDS = [2, *np.random.default_rng(1).integers(494, 1016, 149).tolist()]
 TEXT = "The harbour wakes before the town does.\n\nA   <b>little</b> after four."
 
 
@@ -123,3 +134,187 @@ def test_truncated_file(n_bytes: int, model_path: Path, tmp_path: Path) -> None:
     path.write_bytes(model_path.read_bytes()[:n_bytes])
     with pytest.raises(GGUFError, match=r"cut\.gguf"):
         LlamaCpp(path, n_ctx=256)
+
+
+# the C API, in this process and in one of its own
+
+
+@pytest.fixture(scope="module")
+def rows(model_path: Path) -> np.ndarray:
+    with LlamaLibrary(model_path, n_ctx=256, n_threads=1) as library:
+        return np.array(list(library.logprobs(IDS)))
+
+
+def test_library_says_what_the_server_says(rows: np.ndarray, model: LlamaCpp) -> None:
+    """But for the order of additions: the server computes one token at a time, the library many."""
+    assert len(IDS) > 2 * N_BATCH
+    assert rows.shape == (len(IDS), N_VOCAB)
+    assert np.exp(rows.astype(np.float64)).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+    served = np.array(list(model.logprobs(IDS, first=len(IDS) - 8)))
+    assert np.abs(served - rows[-8:]).max() < 1e-3
+
+
+def test_only_what_is_asked_for(rows: np.ndarray, model_path: Path) -> None:
+    with LlamaLibrary(model_path, n_ctx=256, n_threads=1) as library:
+        for first in (N_BATCH - 1, N_BATCH, len(IDS) - 1):  # fewer rows at a time: additions in another order
+            found = np.array(list(library.logprobs(IDS, first=first)))
+            assert found.shape == rows[first:].shape
+            assert np.abs(found - rows[first:]).max() < 1e-4
+
+
+def test_process_says_what_the_library_says(rows: np.ndarray, model_path: Path) -> None:
+    with LlamaProcess(model_path, n_ctx=256, n_threads=1) as process:
+        next(process.logprobs(IDS))  # the rest of it must not come again
+        assert (np.array(list(process.logprobs(IDS))) == rows).all()
+        with pytest.raises(GGUFError, match=r"llama\.gguf: llama\.cpp does not evaluate") as error:
+            list(process.logprobs([N_VOCAB + 1]))
+        assert "invalid token" in str(error.value)
+
+
+def test_a_process_that_aborts_is_an_error(model_path: Path) -> None:
+    with LlamaProcess(model_path, n_ctx=256, n_threads=1) as process:
+        process._process.kill()
+        with pytest.raises(GGUFError, match=r"llama\.gguf: llama\.cpp aborts on this file"):
+            list(process.logprobs(IDS))
+
+
+def test_a_file_that_makes_llama_cpp_abort(model_path: Path, tmp_path: Path) -> None:
+    """Two tokens of the same text: an assertion of llama.cpp fails."""
+    path = tmp_path / "twice.gguf"
+    data = model_path.read_bytes()
+    piece = b"\x06\0\0\0\0\0\0\0<0xFE>"
+    assert data.count(piece) == 1
+    path.write_bytes(data.replace(piece, piece.replace(b"FE", b"FF")))
+    with pytest.raises(GGUFError, match=r"twice\.gguf: llama\.cpp aborts on this file") as error:
+        LlamaProcess(path, n_threads=1)
+    assert "GGML_ASSERT" in str(error.value)
+
+
+@pytest.mark.parametrize("engine", [LlamaLibrary, LlamaProcess])
+def test_nothing_reaches_the_terminal(
+    engine: type[LlamaLibrary], model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(model_path.read_bytes()[:20_000])
+    with pytest.raises(GGUFError, match=r"cut\.gguf: llama\.cpp does not load this file") as error:
+        engine(path, n_threads=1)
+    assert "failed to load model" in str(error.value)
+    with engine(model_path, n_threads=1) as opened:
+        list(opened.logprobs(IDS[:3]))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_version_is_known_by_its_defaults() -> None:
+    known = struct.pack("@IIi", 512, 2048, -1)
+    fields = (("n_ctx", "I", 512), ("n_batch", "I", 2048), ("flash_attn_type", "i", -1))
+    check_parameters("llama_context_params", known, fields)
+    inserted = struct.pack("@IIIi", 512, 1, 2048, -1)
+    with pytest.raises(UnknownLayout, match=r"llama_context_params\.n_batch is 1, not 2048"):
+        check_parameters("llama_context_params", inserted, fields)
+
+
+def test_another_version_is_run_by_its_server(
+    rows: np.ndarray, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_llama_cpp(model_path, n_ctx=256, n_threads=1) as engine:
+        assert isinstance(engine, LlamaLibrary)
+    monkeypatch.setattr(llama_library, "CONTEXT_FIELDS", (("n_ctx", "I", 513),))
+    llama_library.bindings.cache_clear()
+    try:
+        with open_llama_cpp(model_path, n_ctx=256, n_threads=1) as engine:
+            assert isinstance(engine, LlamaCpp)
+            assert np.abs(np.array(list(engine.logprobs(IDS[:4]))) - rows[:4]).max() < 1e-3
+    finally:
+        llama_library.bindings.cache_clear()
+
+
+@pytest.mark.parametrize("engine", [open_llama_cpp, LlamaCpp, LlamaProcess])
+def test_without_xllamacpp(engine: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ggml.library.cache_clear()
+    llama_library.bindings.cache_clear()
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr(llama_process, "PROGRAM", f"import sys; sys.modules['xllamacpp'] = None; {PROGRAM}")
+    with pytest.raises(UsageError, match=r"gguf3n\[validate\]"):
+        engine(model_path)
+
+
+# a server by its address
+
+
+def test_server_by_its_address(rows: np.ndarray, model: LlamaCpp) -> None:
+    server = LlamaServer(model.url + "/")
+    assert server.name == f"llama-server at {model.url}"
+    assert np.abs(np.array(list(server.logprobs(IDS[:12], first=8))) - rows[8:12]).max() < 1e-3
+
+
+def test_a_text_too_long_for_the_server_is_refused(model: LlamaCpp) -> None:
+    with pytest.raises(UsageError, match="the server refuses") as error:
+        list(LlamaServer(model.url).logprobs([2] * 300, first=299))
+    assert "context" in str(error.value)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Another server than llama-server, or one of another mind."""
+
+    def do_GET(self) -> None:
+        self.answer(200, b"{}")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        candidates = {"id": 0, "logprob": 0.0}, {"id": 3, "logprob": -1.0}
+        match self.path.split("/")[1]:
+            case "key":
+                self.answer(200 if self.headers["Authorization"] == "Bearer sesame" else 401, b"{}")
+            case "text":
+                self.answer(200, b"<html>")
+            case "part":
+                step = {"top_logprobs": candidates}
+                self.answer(200, json.dumps({"completion_probabilities": [step]}).encode())
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def others() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("key", r"(?s)key/completion: the server refuses.*401.*LLAMA_API_KEY"),
+        ("text", "text/completion: not a llama-server"),
+        ("part", "does not return the whole vocabulary"),
+    ],
+)
+def test_servers_that_cannot_be_used(path: str, message: str, others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    with pytest.raises(UsageError, match=message):
+        list(LlamaServer(f"{others}/{path}").logprobs([2]))
+
+
+def test_a_key_is_sent(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_API_KEY", "sesame")
+    with pytest.raises(UsageError, match="does not return the whole vocabulary"):
+        list(LlamaServer(f"{others}/key").logprobs([2]))
+
+
+def test_no_server() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(UsageError, match="no answer"):
+            LlamaServer(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    with pytest.raises(UsageError, match="not an address"):
+        LlamaServer("localhost:8080")

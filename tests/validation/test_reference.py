@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gguf3n.errors import ConfigError
-from gguf3n.validation.reference import Reference
+from gguf3n.errors import ConfigError, UsageError
+from gguf3n.validation.reference import HEAD_POSITIONS, Reference
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -80,6 +81,46 @@ def test_chat_template(tiny_checkpoint: Path) -> None:
         "<start_of_turn>user\nThanks.<end_of_turn>\n<start_of_turn>model\n"
     )
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 0.0), ("bfloat16", 0.1)])
+def test_logits_are_those_of_the_plain_forward(dtype: str, bound: float, tiny_checkpoint: Path) -> None:
+    """In bfloat16 the plain forward rounds its logits to eight bits, which ours does not."""
+    import torch
+
+    ids = [2, *range(500, 570)]  # more than are computed at once
+    assert len(ids) > 2 * HEAD_POSITIONS
+    with Reference(tiny_checkpoint, dtype=dtype) as reference:
+        with torch.no_grad():
+            plain = reference.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        hidden = reference.run(ids)
+        assert hidden.shape == (len(ids), 256)
+        assert hidden.dtype == getattr(torch, dtype)
+        ours = reference.logits(hidden)
+        assert ours.dtype == torch.float32
+        assert float((ours - plain).abs().max()) <= bound
+        rows = list(reference.logprobs(ids, first=40))
+        assert len(rows) == len(ids) - 40
+        assert np.abs(rows[-1] - torch.log_softmax(ours[-1].double(), -1).numpy()).max() < 1e-5
+        assert (rows[0] == list(reference.logprobs(ids))[40]).all()
+
+
+def test_what_it_cannot_run_on(tiny_checkpoint: Path) -> None:
+    import torch
+
+    with pytest.raises(UsageError, match="float16"):
+        Reference(tiny_checkpoint, dtype="float16")
+    with pytest.raises(UsageError, match="device 'tpu'"):
+        Reference(tiny_checkpoint, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="torch finds none"):
+            Reference(tiny_checkpoint, device="cuda")
+
+
+def test_without_torch(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UsageError, match=r"gguf3n\[validate\]"):
+        Reference(tiny_checkpoint)
 
 
 def test_another_model(tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""An importance matrix from the reference model: how large each input column of each matrix is over a text.
+
+    text     joined, tokenized once, cut into chunks of n_ctx tokens; what is left over at the end is not read
+    chunk    read alone, its first token replaced by the begin mark
+    entry    of a matrix: for each input column the sum of its squared values, and how many inputs were summed
+
+Every matrix of a layer that is evaluated has an entry: these are llama-imatrix's. AltUp's router is evaluated twice a
+token, so its count is twice the others'. The two embedding tables have entries that llama-imatrix does not make:
+
+    token_embd             the output of the last norm, which this table multiplies as the output matrix
+    per_layer_token_embd   the gate of each layer, which multiplies what is gathered from this table, column by column
+
+How often the text uses a token has no place in a file: an entry weighs columns, and every row of a table is quantized
+on its own.
+
+Memory is that of the model and of one chunk's activations.
+
+Source: tools/imatrix/imatrix.cpp of llama.cpp (collect_imatrix, compute_imatrix).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
+from numpy.typing import NDArray
+
+from gguf3n.errors import QuantizationError, SourceError, UsageError
+from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
+from gguf3n.gemma3n.tensors import target_name, written_order
+from gguf3n.validation.memory import check_memory, reference_need
+from gguf3n.validation.reference import HEAD_POSITIONS, Reference, tokenize
+
+N_CTX = 512
+MIN_CTX = 16
+
+# measured: 2026-11-21, the model of scripts/train_tiny.py, 40 chunks of its training text; change of the mean KL
+# divergence on 4,096 held-out tokens where only that table is quantized, with its entry against without:
+#                         Q2_K  Q3_K  Q4_0  Q4_1  Q4_K  Q5_0  Q5_1  Q5_K  Q6_K  IQ3_S  IQ4_NL
+#   token_embd            -5 %   -10    -9   -18   -15   -19   -35   -11   -16    -44      -5
+#   per_layer_token_embd  -9 %    -4    -8   -20    -8   -10   -16    -8    -1    -37      -1
+# Mean squares of the rows, weighted by how often the text uses them (usage counts), in place of the entry:
+#   token_embd           -13 %    -4    -8   -14    -6   -16   -26     0   -11    -36      +2
+# The input of each layer's projection, in place of the gate: -7 % to +12 % against weights that are all one. Not kept.
+TOKEN_EMBD = f"{TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD]}.weight"
+PER_LAYER_TOKEN_EMBD = f"{TENSOR_NAMES[MODEL_TENSOR.PER_LAYER_TOKEN_EMBD]}.weight"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known after a number of chunks.
+
+    Shapes: sums float64[n_per_row], by GGUF name; `counts` by the same names.
+    `perplexity` is that of the second half of each chunk, as llama-imatrix prints it.
+    """
+
+    datasets: tuple[str, ...]
+    n_ctx: int
+    n_vocab: int
+    first_chunk: int
+    n_chunks: int
+    """To be read in all."""
+    n_done: int
+    perplexity: float
+    seen: frozenset[int]
+    """The tokens that were read."""
+    sums: Mapping[str, NDArray[np.float64]]
+    counts: Mapping[str, int]
+
+    @property
+    def imatrix(self) -> ImportanceMatrix:
+        """What a file holds."""
+        entries = {
+            name: Entry(sums.astype(np.float32).reshape(1, -1), np.array([self.counts[name]], np.float32))
+            for name, sums in self.sums.items()
+        }
+        return ImportanceMatrix(
+            Path("measured"), entries, self.datasets, chunk_count(entries.values(), self.n_ctx), self.n_ctx
+        )
+
+
+def measure_importance(
+    source: Path,
+    texts: Sequence[Path],
+    *,
+    n_ctx: int = N_CTX,
+    n_chunks: int | None = None,
+    first_chunk: int = 0,
+    special: bool = False,
+    tables: bool = True,
+    device: str = "auto",
+    dtype: str = "float32",
+    progress: Callable[[Measurement], None] | None = None,
+) -> ImportanceMatrix:
+    """Run the reference model over texts; arguments and errors as for `measure_chunks`.
+
+    Args:
+        progress: is called after each chunk.
+    """
+    for measurement in measure_chunks(
+        source,
+        texts,
+        n_ctx=n_ctx,
+        n_chunks=n_chunks,
+        first_chunk=first_chunk,
+        special=special,
+        tables=tables,
+        device=device,
+        dtype=dtype,
+    ):
+        if progress is not None:
+            progress(measurement)
+    return measurement.imatrix
+
+
+def measure_chunks(
+    source: Path,
+    texts: Sequence[Path],
+    *,
+    n_ctx: int = N_CTX,
+    n_chunks: int | None = None,
+    first_chunk: int = 0,
+    special: bool = False,
+    tables: bool = True,
+    device: str = "auto",
+    dtype: str = "float32",
+    notice: Callable[[str], None] | None = None,
+) -> Iterator[Measurement]:
+    """The same chunk by chunk: what comes last is the result, what came before can be kept if the rest is interrupted.
+
+    Args:
+        source: a checkpoint directory.
+        texts: UTF-8 files, read as if they were one.
+        n_chunks: to read at most; all by default.
+        first_chunk: chunks of the text to leave out, because they have been measured before.
+        special: recognize special tokens in the text, such as <start_of_turn>.
+        tables: make entries for the embedding tables too.
+        device, dtype: as for Reference.
+        notice: is told what memory this takes, before it does.
+
+    Raises: UsageError: a text that is too short, too little memory, or an option that can't be used. SourceError: a
+        text that can't be read. QuantizationError: activations that are not finite. What Reference raises.
+    """
+    if n_ctx < MIN_CTX:
+        raise UsageError(f"chunks of {n_ctx} tokens", expected=f"{MIN_CTX} or more")
+    tokens = tokenize(source, read_texts(texts), special=special)
+    available = len(tokens) // n_ctx - first_chunk
+    if available < 1:
+        raise UsageError(
+            f"{', '.join(map(str, texts))}: not enough text",
+            expected=f"{(first_chunk + 1) * n_ctx:,} tokens or more, for chunk {first_chunk} of {n_ctx}",
+            found=f"{len(tokens):,} tokens",
+            fix="give more text, or smaller chunks with --ctx",
+        )
+    n_chunks = available if n_chunks is None else min(n_chunks, available)
+    check_memory([reference_need(source, dtype)], notice=notice)
+    with Reference(source, device=device, dtype=dtype) as reference:
+        total: dict[str, NDArray[np.float64]] = {}
+        counts: dict[str, int] = {}
+        loss, n_scored, seen = 0.0, 0, frozenset[int]()
+        for n_done in range(1, n_chunks + 1):
+            start = (first_chunk + n_done - 1) * n_ctx
+            chunk = tokens[start : start + n_ctx]
+            hidden, heard = _run(reference, [tokens[0], *chunk[1:]], tables=tables)
+            chunk_loss = _loss(reference, hidden, chunk)
+            total = {name: total.get(name, 0.0) + _finite(name, sums, dtype) for name, sums in heard.sums.items()}
+            counts = {name: counts.get(name, 0) + n for name, n in heard.counts.items()}
+            loss, n_scored, seen = loss + sum(chunk_loss), n_scored + len(chunk_loss), seen | {tokens[0], *chunk[1:]}
+            yield Measurement(
+                datasets=tuple(map(str, texts)),
+                n_ctx=n_ctx,
+                n_vocab=reference.n_vocab,
+                first_chunk=first_chunk,
+                n_chunks=n_chunks,
+                n_done=n_done,
+                perplexity=math.exp(min(loss / n_scored, 700.0)),
+                seen=seen,
+                sums=total,
+                counts=counts,
+            )
+
+
+def read_texts(texts: Sequence[Path]) -> str:
+    """Files as one text, each without the line feed at its end. Source: `-f` of llama.cpp (common/arg.cpp)."""
+    parts = []
+    for path in texts:
+        try:
+            parts.append(path.read_bytes().decode("utf-8").removesuffix("\n"))
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: not a text", expected="UTF-8", found=f"byte {error.start:,} is not") from error
+    return "\n".join(parts)
+
+
+class _Sums:
+    """Sums of squares a column, float64 on the model's device, and how many inputs they are of; by GGUF name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, activations: Any) -> None:
+        rows = activations.detach().flatten(0, -2)
+        squares = rows.float().square().double().sum(0)
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+
+def _run(reference: Reference, token_ids: Sequence[int], *, tables: bool) -> tuple[Any, _Sums]:
+    """What the text model returns for one chunk, and what went into each matrix on the way."""
+    import torch
+
+    text = reference.model.model
+    modules = dict(text.named_modules())
+    heard, gates, handles = _Sums(), _Sums(), []
+    for rule, bid in written_order(text.config.num_hidden_layers):
+        if bid is None or len(rule.shape) < 2:
+            continue
+        module = modules.get(rule.source.format(bid=bid).removesuffix(".weight"))
+        if module is None:  # keys and values of KV-shared layers
+            continue
+        handles.append(module.register_forward_pre_hook(_input_hook(heard, target_name(rule, bid))))
+        if tables and rule.target is MODEL_TENSOR.PER_LAYER_INP_GATE:
+            hook = _gate_hook(gates, target_name(rule, bid), text.layers[bid].act_fn)
+            handles.append(module.register_forward_hook(hook))
+    try:
+        hidden = reference.run(token_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if tables:
+        heard.add(TOKEN_EMBD, hidden)
+        heard.sums[PER_LAYER_TOKEN_EMBD] = torch.cat(list(gates.sums.values()))
+        heard.counts[PER_LAYER_TOKEN_EMBD] = len(hidden)
+    return hidden, heard
+
+
+def _input_hook(heard: _Sums, name: str) -> Callable[..., None]:
+    return lambda _module, inputs: heard.add(name, inputs[0])
+
+
+def _gate_hook(gates: _Sums, name: str, act_fn: Callable[[Any], Any]) -> Callable[..., None]:
+    return lambda _module, _inputs, output: gates.add(name, act_fn(output))
+
+
+def _finite(name: str, sums: Any, dtype: str) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = sums.cpu().numpy()
+    if not np.isfinite(values).all():
+        raise QuantizationError(
+            f"{name}: activations that are not finite, computed in {dtype}",
+            fix="check the checkpoint's weights: gguf3n stats" if dtype == "float32" else "use --dtype float32",
+        )
+    return values
+
+
+def _loss(reference: Reference, hidden: Any, chunk: Sequence[int]) -> list[float]:
+    """Minus the log-probability of each token of the second half. Units: nats. Source: compute_imatrix."""
+    first = len(chunk) // 2
+    losses: list[float] = []
+    for start in range(first, len(chunk) - 1, HEAD_POSITIONS):
+        end = min(start + HEAD_POSITIONS, len(chunk) - 1)
+        logprobs = reference.logits(hidden[start:end]).double().log_softmax(-1)
+        losses += (-logprobs[range(end - start), chunk[start + 1 : end + 1]]).tolist()
+    return losses

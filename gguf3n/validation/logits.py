@@ -1,0 +1,366 @@
+"""Does llama.cpp with a file say what the reference model says: the same tokens through both, position by position.
+
+As llama-perplexity does it, so that the numbers compare: the text is cut into chunks of n_ctx tokens, each is read for
+itself with the begin mark in place of its first token, and the distributions in its second half are scored.
+
+    checkpoint directory    transformers    ->  log-probabilities  ->  llama.cpp with the file  ->  divergence
+    unquantized GGUF file   llama.cpp           of all scored
+    --use-reference         (not run)           positions, in a file
+
+The reference is freed before llama.cpp is started, and one position at a time is in memory. Where the vocabularies are
+of different length, one of them is padded (262,144 tokens, or 262,400): the tokens that both have are compared, and
+each distribution is normalized over them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import Keys
+from numpy.typing import NDArray
+
+from gguf3n.errors import GGUFError, UsageError
+from gguf3n.formats.gguf_layout import QType
+from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
+from gguf3n.formats.gguf_writer import check_output, check_space
+from gguf3n.formats.logprobs import SavedLogprobs, open_logprobs, rows_bytes, scored_positions, write_logprobs
+from gguf3n.gemma3n.config import read_config
+from gguf3n.gemma3n.tensors import Storage
+from gguf3n.inspection.subject import Subject
+from gguf3n.validation.divergence import Divergence, measure
+from gguf3n.validation.llama_cpp import Engine, LlamaServer
+from gguf3n.validation.llama_process import LlamaProcess
+from gguf3n.validation.memory import check_memory, gigabytes, models_needs
+from gguf3n.validation.reference import Reference
+from gguf3n.validation.reference_tokenizers import open_reference
+from gguf3n.validation.result import Problem, StageResult, Verdict
+from gguf3n.validation.texts import built_in_text
+
+MIN_CTX = 4
+"""A chunk that has a second half."""
+
+MAX_TOKEN_CHARACTERS = 64
+"""More than a text has a token; of a longer text only as much is tokenized as can be needed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is expected of a file. Units: nats.
+
+    A mean KL divergence up to `good` passes, up to `poor` warns; below `top1` agreement on the likeliest token fails.
+    """
+
+    good: float
+    poor: float
+    top1: float
+
+
+# fmt: off
+LIMITS: Mapping[QType, Limits] = {
+    #                       good  poor  top1     small   8B       same
+    QType.F32:       Limits(1e-3, 5e-3, 0.97),  # 5e-7
+    QType.F16:       Limits(1e-3, 5e-3, 0.97),  # 7e-7   2.5e-5   99.7 %
+    QType.BF16:      Limits(2e-3, 8e-3, 0.96),  # 1.1e-5
+    QType.Q8_0:      Limits(3e-3, 1e-2, 0.93),  # 2.6e-4 0.0014   97.7 %
+    QType.Q6_K:      Limits(.015, 0.04, 0.90),  # 0.0018 0.0055   96.0 %
+    QType.Q5_K:      Limits(0.04, 0.10, 0.85),  # 0.0040 0.011
+    QType.Q5_1:      Limits(0.04, 0.10, 0.85),  # 0.0039 0.018
+    QType.Q5_0:      Limits(0.05, 0.15, 0.85),  # 0.0050 0.022
+    QType.Q4_K:      Limits(0.10, 0.30, 0.80),  # 0.012  0.031    91.9 %
+    QType.IQ4_NL:    Limits(0.10, 0.30, 0.80),  # 0.013  0.036
+    QType.IQ4_XS:    Limits(0.10, 0.30, 0.80),  # 0.013  0.036
+    QType.Q4_1:      Limits(0.18, 0.50, 0.75),  # 0.012  0.072
+    QType.Q4_0:      Limits(0.18, 0.50, 0.75),  # 0.015  0.072
+    QType.IQ3_S:     Limits(0.30, 0.80, 0.65),  # 0.030  0.11
+    QType.Q3_K:      Limits(0.50, 1.20, 0.60),  # 0.031  0.10, 0.23 for Q3_K_S
+    QType.IQ3_XXS:   Limits(0.45, 1.20, 0.60),  # 0.057  0.18
+    QType.Q2_K:      Limits(1.00, 2.00, 0.40),  # 0.075  0.45     71.1 %
+    QType.IQ2_S:     Limits(1.00, 2.00, 0.40),  # 0.088  0.44
+    QType.IQ2_XS:    Limits(1.20, 2.50, 0.35),  # 0.091  0.55
+    QType.IQ2_XXS:   Limits(1.60, 3.00, 0.30),  # 0.11   0.81
+    QType.IQ1_M:     Limits(2.50, 5.00, 0.20),  # 0.14   1.4
+    QType.IQ1_S:     Limits(4.00, 7.00, 0.10),  # 0.16   2.3
+    QType.TQ2_0:     Limits(4.00, 8.00, 0.10),
+    QType.TQ1_0:     Limits(4.00, 8.00, 0.10),
+}
+# fmt: on
+"""Of a file by the type of most of its layers' weights.
+
+Why: the columns behind them are mean KL divergences, measured on the small random checkpoint of
+scripts/make_checkpoint.py (2 x 512 tokens of the built-in text, against float32) and by llama.cpp's authors on Llama 3
+8B, with the share of positions with the same likeliest token. Trained models of real size are further from their
+reference than the small one, so `good` is two to three times the larger of both.
+
+Faults of structure, planted in the small one, give: another rope base 0.014 to 0.056, another sliding pattern 0.020,
+half the window 0.047, AltUp matrices in another order 0.13, two neighbouring layers swapped 0.011 to 0.029, one norm
++ 1 0.0023, all norms + 1 2.1. All of these but one norm fail in a file of F32, F16, BF16 or Q8_0; in coarser types the
+structure and tensors stages find them. What llama.cpp has built in changes nothing here, whatever the keys say:
+shared_kv_layers, final_logit_softcapping.
+
+Source: tools/perplexity/README.md of llama.cpp, "LLaMA 3 8b Scoreboard" and the comparisons after it.
+"""
+
+UNKNOWN_TYPE = Limits(4.0, 8.0, 0.1)
+"""For types that no recipe of ours writes."""
+
+BFLOAT16_NOISE = 3e-3
+"""Added to both limits where the reference is computed in bfloat16.
+
+# measured: 3.4e-4 between bfloat16 and float32 in torch on the small checkpoint
+"""
+
+
+@dataclass(frozen=True)
+class LogitsResult(StageResult):
+    """How far the file is from its reference, on which text, by which engines."""
+
+    divergence: Divergence
+    base_qtype: QType
+    """Of most weights of the layers; `limits` are that type's."""
+    limits: Limits
+    engine: str
+    reference: str
+    n_ctx: int
+    n_chunks: int
+    n_vocab: int
+    """Tokens that are compared."""
+
+
+def check_logits(
+    path: Path,
+    reference: Path,
+    *,
+    text: str | None = None,
+    n_tokens: int = 1024,
+    n_ctx: int = 512,
+    server: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    save_reference: Path | None = None,
+    use_reference: Path | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> LogitsResult:
+    """Run both models over a text and compare what they expect to come next.
+
+    Args:
+        reference: a checkpoint directory, or an unquantized GGUF file.
+        text: by default the built-in one.
+        n_tokens: how much of it both read, in chunks of n_ctx.
+        server: address of a running llama-server that has loaded the file, instead of llama.cpp on this machine.
+        device, dtype: of the reference, see `Reference`.
+        save_reference: where to keep the reference's log-probabilities; a name in .kld for llama-perplexity.
+        use_reference: such a file instead of running the reference; it brings its own text.
+        force: replace the file of save_reference.
+        threads: of llama.cpp.
+        progress: called with the scored positions that are done, of both models, and to be done.
+        notice: called with a line that says what memory it takes, before it starts.
+
+    Raises: UsageError: options that cannot be used, too little memory, packages that are not installed. GGUFError:
+        llama.cpp does not load the file, or aborts. SourceError or a class below it. OutputError.
+    """
+    started = time.monotonic()
+    if save_reference is not None and use_reference is not None:
+        raise UsageError("--save-reference and --use-reference exclude each other")
+    gguf = open_gguf(path)
+    qtype, n_vocab = base_qtype(gguf), _n_tokens(gguf)
+    running = None if server is None else LlamaServer(server)  # whether it answers is seen before the reference is run
+    with tempfile.TemporaryDirectory(prefix="gguf3n-") as temporary:
+        if use_reference is not None:
+            saved = open_logprobs(use_reference)
+            chunks = _with_begin_mark(saved, gguf)
+            tick = _Ticker(progress, _n_scored(chunks))
+            check_memory(models_needs(None, gguf, saved.n_ctx, dtype, server), notice=notice)
+        else:
+            chunks = read_chunks(reference, text, n_ctx, n_tokens)
+            tick = _Ticker(progress, 2 * _n_scored(chunks))
+            target = save_reference or Path(temporary) / "reference.safetensors"
+            n_bytes = rows_bytes(target, chunks, _n_reference_tokens(reference))
+            check_output(target, force=force)
+            check_space(target, n_bytes)
+            disk = f"{gigabytes(n_bytes)} on the disk in {target.parent}"
+            check_memory(models_needs(reference, gguf, chunks.shape[1], dtype, server), disk=disk, notice=notice)
+            saved = run_reference(
+                reference, chunks, target, device=device, dtype=dtype, force=force, threads=threads, tick=tick
+            )
+        n_common = min(saved.n_vocab, n_vocab)
+        if chunks.max() >= n_common:
+            raise GGUFError(
+                f"{path}: its vocabulary lacks tokens of the text",
+                expected=f"more than {chunks.max():,} tokens",
+                found=f"{n_common:,}",
+            )
+        with closing(running or LlamaProcess(path, n_ctx=chunks.shape[1], n_threads=threads)) as engine:
+            divergence = measure(
+                (row[:n_common] for row in saved.rows()),
+                (row[:n_common] for row in _rows(engine, chunks, n_vocab, tick)),
+                [int(token) for chunk in chunks for token in chunk[scored_positions(len(chunk)).start + 1 :]],
+                floor=saved.floor,
+            )
+            engine_name = engine.name
+    limits = limits_for(qtype, saved.metadata.get("dtype", "float32"))
+    return LogitsResult(
+        problems=tuple(judge(divergence, qtype, limits)),
+        seconds=time.monotonic() - started,
+        divergence=divergence,
+        base_qtype=qtype,
+        limits=limits,
+        engine=engine_name,
+        reference=saved.metadata.get("engine", saved.path.name),
+        n_ctx=chunks.shape[1],
+        n_chunks=len(chunks),
+        n_vocab=n_common,
+    )
+
+
+def read_chunks(reference: Path, text: str | None, n_ctx: int, n_tokens: int) -> NDArray[np.int32]:
+    """A text in chunks, by the reference's tokenizer.
+
+    Shapes: `[n_chunks, n_ctx]`; n_ctx is less where there is less text, or less is wanted, than one chunk.
+
+    Raises: UsageError: the text is too short.
+    """
+    text = built_in_text() if text is None else text
+    with closing(open_reference(reference)) as tokenizer:
+        ids = tokenizer.encode(text[: n_tokens * MAX_TOKEN_CHARACTERS])
+        begin = tokenizer.bos_id if ids[:1] == [tokenizer.bos_id] else None
+    n_ctx = min(n_ctx, n_tokens, len(ids))
+    if n_ctx < MIN_CTX:
+        raise UsageError("the text is too short", expected=f"at least {MIN_CTX} tokens", found=f"{n_ctx}")
+    n_chunks = min(n_tokens, len(ids)) // n_ctx
+    chunks = np.array(ids[: n_chunks * n_ctx], np.int32).reshape(n_chunks, n_ctx)
+    if begin is not None:
+        chunks[:, 0] = begin
+    return chunks
+
+
+def run_reference(
+    reference: Path,
+    chunks: NDArray[np.int32],
+    target: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    force: bool = False,
+    threads: int | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> SavedLogprobs:
+    """Run the reference over chunks into a file; see `check_logits`.
+
+    Shapes: chunks `[n_chunks, n_ctx]`.
+    """
+    n_vocab = _n_reference_tokens(reference)
+    engine: Reference | LlamaProcess
+    if reference.is_dir():
+        engine = Reference(reference, device=device, dtype=dtype)
+    else:
+        engine, dtype = LlamaProcess(reference, n_ctx=chunks.shape[1], n_threads=threads), "float32"
+    with closing(engine):
+        metadata = {"reference": str(reference), "engine": engine.name, "dtype": dtype}
+        with write_logprobs(target, chunks, n_vocab, metadata=metadata, force=force) as writer:
+            for row in _rows(engine, chunks, n_vocab, tick):
+                writer.add(row)
+    return open_logprobs(target)
+
+
+def base_qtype(gguf: GGUFFile) -> QType:
+    """The type of most weights of the layers' matrices that are evaluated.
+
+    Raises: GGUFError: there is none.
+    """
+    subject = Subject(gguf)
+    counts: Counter[QType] = Counter()
+    for tensor, rule, bid in subject.known_tensors():
+        if bid is not None and rule.storage is Storage.QUANTIZABLE and not subject.is_idle(tensor.name):
+            counts[tensor.qtype] += tensor.n_weights
+    if not counts:
+        raise GGUFError(f"{gguf.name}: no matrices of a Gemma 3n", expected="blk.0.attn_q.weight and others")
+    return counts.most_common(1)[0][0]
+
+
+def limits_for(qtype: QType, dtype: str = "float32") -> Limits:
+    """What is expected of a file of this type against a reference that is computed in `dtype`."""
+    limits = LIMITS.get(qtype, UNKNOWN_TYPE)
+    noise = BFLOAT16_NOISE if dtype == "bfloat16" else 0.0
+    return Limits(limits.good + noise, limits.poor + noise, limits.top1)
+
+
+def judge(divergence: Divergence, qtype: QType, limits: Limits) -> Iterator[Problem]:
+    """What is not as it should be; what is not a number is not."""
+    if not divergence.mean <= limits.good:
+        yield Problem(
+            Verdict.WARN if divergence.mean <= limits.poor else Verdict.FAIL,
+            "KL divergence",
+            f"mean {divergence.mean:.3g} nats, expected at most {limits.good:.3g} for {qtype.name}",
+        )
+    if divergence.top1_agreement < limits.top1:
+        yield Problem(
+            Verdict.FAIL,
+            "most likely token",
+            f"the same at {divergence.top1_agreement:.1%} of positions, expected at least {limits.top1:.0%} "
+            f"for {qtype.name}",
+        )
+
+
+class _Ticker:
+    """Counts positions for a progress callback."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress = progress
+        self._done, self._total = 0, total
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _rows(
+    engine: Engine, chunks: NDArray[np.int32], n_vocab: int, tick: Callable[[], None]
+) -> Iterator[NDArray[np.float32]]:
+    """The log-probabilities at the scored positions, chunk by chunk. Raises: UsageError: of another vocabulary."""
+    for chunk in chunks:
+        # the last token is never read: nothing is known of what follows it
+        for row in engine.logprobs(chunk[:-1].tolist(), first=scored_positions(len(chunk)).start):
+            if len(row) != n_vocab:
+                raise UsageError(
+                    f"{engine.name}: another vocabulary than the file's",
+                    expected=f"{n_vocab:,} tokens",
+                    found=f"{len(row):,}",
+                    fix="start llama-server with this file",
+                )
+            yield row
+            tick()
+
+
+def _n_scored(chunks: NDArray[np.int32]) -> int:
+    return len(chunks) * len(scored_positions(chunks.shape[1]))
+
+
+def _n_tokens(gguf: GGUFFile) -> int:
+    tokens = Subject(gguf).array(Keys.Tokenizer.LIST)
+    if tokens is None:
+        raise GGUFError(f"{gguf.name}: no vocabulary", expected=f"the key {Keys.Tokenizer.LIST}")
+    return len(tokens)
+
+
+def _n_reference_tokens(reference: Path) -> int:
+    return read_config(reference).vocab_size if reference.is_dir() else _n_tokens(open_gguf(reference))
+
+
+def _with_begin_mark(saved: SavedLogprobs, gguf: GGUFFile) -> NDArray[np.int32]:
+    """The chunks as they were read: llama-perplexity puts the begin mark in their first place, but not in its file."""
+    chunks = saved.token_ids.copy()
+    begin = Subject(gguf).integer(Keys.Tokenizer.BOS_ID)
+    if saved.is_kld and begin is not None:
+        chunks[:, 0] = begin
+    return chunks

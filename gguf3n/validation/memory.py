@@ -1,0 +1,192 @@
+"""What running the models takes, before they are loaded.
+
+    reference    its weights in the dtype they are computed in; logits of some positions
+    llama.cpp    the file; keys and values of a chunk; logits of some positions
+    disk         the reference's log-probabilities, unless they are there already
+
+The two models are never in memory together.
+
+# measured: 2026-11-21, largest resident sizes with a checkpoint of E2B's size and its Q4_K_M, chunks of 512 tokens:
+reference in bfloat16 5.72 GB, 5.74 expected; llama.cpp 4.35 GB, 4.6 expected
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf.constants import Keys
+
+from gguf3n.errors import UsageError
+from gguf3n.formats.checkpoint import read_tensor_table
+from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
+from gguf3n.formats.source import FLOAT_DTYPES
+from gguf3n.gemma3n.config import read_config
+from gguf3n.gemma3n.tensors import Storage, map_tensors
+from gguf3n.inspection.subject import Subject
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD
+from gguf3n.validation.llama_library import N_BATCH
+from gguf3n.validation.reference import HEAD_POSITIONS, HEAD_ROWS
+
+TORCH_BYTES = 650_000_000
+"""Of a process that has loaded torch and transformers, and of the activations of a chunk."""
+LLAMA_BYTES = 100_000_000
+"""Of a process that has loaded llama.cpp, and of its buffers for everything but logits."""
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's own limit stands, which may be less than what the machine has."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An option that takes less; nothing where it is not known how much."""
+
+    option: str
+    n_bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.option} ({gigabytes(self.n_bytes)})" if self.n_bytes else self.option
+
+
+@dataclass(frozen=True)
+class ModelNeed:
+    """Memory that one model takes. `what` names it and says how it is run."""
+
+    what: str
+    n_bytes: int
+    alternatives: tuple[Alternative, ...]
+
+
+SMALLER_STAGES = Alternative("--stages structure,tensors,tokens")
+
+
+def gigabytes(n_bytes: int) -> str:
+    """As in "8.9 GB"; small sizes in MB."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.0f} MB"
+
+
+def models_needs(
+    reference: Path | None, gguf: GGUFFile, n_ctx: int, dtype: str, server: str | None
+) -> tuple[ModelNeed, ...]:
+    """What is needed one after the other.
+
+    Args:
+        reference: a checkpoint directory or a GGUF file; None where its log-probabilities are there already.
+        server: a llama-server elsewhere has loaded the file.
+    """
+    needs = []
+    if reference is not None:
+        saved = Alternative("--use-reference FILE")
+        if reference.is_dir():
+            needs.append(reference_need(reference, dtype, saved, SMALLER_STAGES))
+        else:
+            needs.append(llama_cpp_need(open_gguf(reference), n_ctx, saved, SMALLER_STAGES))
+    if server is None:
+        needs.append(llama_cpp_need(gguf, n_ctx, Alternative("--server URL"), SMALLER_STAGES))
+    return tuple(needs)
+
+
+def reference_need(directory: Path, dtype: str, *others: Alternative) -> ModelNeed:
+    """Of a checkpoint's text model in torch.
+
+    Why: weights that are in bfloat16 already stay in the file, which is mapped; of the per-layer table only those rows
+    are ever read that the text has tokens for.
+
+    Raises: SourceError or a class below it.
+    """
+    config = read_config(directory)
+    mapping = map_tensors(config, read_tensor_table(directory), str(directory))
+    # logits of some positions, their soft cap, and of one position the log-probabilities in float64
+    logits = (2 * 4 * HEAD_POSITIONS + 3 * 8) * config.vocab_size
+    in_float32 = 4 * mapping.n_weights + logits + TORCH_BYTES
+    n_unread = sum(
+        tensor.n_weights
+        for tensor in mapping.tensors
+        if tensor.name == PER_LAYER_TOKEN_EMBD and tensor.source_dtypes == {"BF16"}
+    )
+    widened = 4 * HEAD_ROWS * config.hidden_size
+    in_bfloat16 = 2 * (mapping.n_weights - n_unread) + widened + logits + TORCH_BYTES
+    if dtype == "float32":
+        others = (Alternative("--dtype bfloat16", in_bfloat16), *others)
+    return ModelNeed(f"the reference in {dtype}", in_float32 if dtype == "float32" else in_bfloat16, others)
+
+
+def llama_cpp_need(gguf: GGUFFile, n_ctx: int, *others: Alternative) -> ModelNeed:
+    """Of a GGUF file in llama.cpp.
+
+    Why: beside the mapped file there is a copy of the quantized matrices of the layers, in the order in which its
+    kernels want them.
+    """
+    subject = Subject(gguf)
+    n_layers, n_heads, *lengths = (
+        subject.integer(key) or 0
+        for key in (
+            Keys.LLM.BLOCK_COUNT,
+            Keys.Attention.HEAD_COUNT_KV,
+            Keys.Attention.KEY_LENGTH,
+            Keys.Attention.VALUE_LENGTH,
+        )
+    )
+    cache = 4 * n_layers * n_heads * sum(lengths) * n_ctx
+    logits = 2 * 4 * N_BATCH * subject.sizes.by_word["vocab"]
+    copied = sum(
+        tensor.n_bytes
+        for tensor, rule, bid in subject.known_tensors()
+        if bid is not None and rule.storage is Storage.QUANTIZABLE and tensor.qtype.name not in FLOAT_DTYPES
+    )
+    n_bytes = gguf.file_bytes + copied + cache + logits + LLAMA_BYTES
+    return ModelNeed(f"llama.cpp with {gguf.path.name}", n_bytes, others)
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, within the limit of the container.
+
+    Raises: UsageError: psutil is not installed.
+    """
+    try:
+        import psutil
+    except ImportError as error:
+        raise UsageError(
+            "memory cannot be looked up: no module psutil", fix="pip install 'gguf3n[validate]'"
+        ) from error
+    return min(int(psutil.virtual_memory().available), _container_bytes() or 1 << 62)
+
+
+def _container_bytes() -> int | None:
+    """What is left of a cgroup's limit; file pages that can be dropped count as left."""
+    try:
+        limit = (CGROUP / "memory.max").read_text()
+        used = int((CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return int(limit) - used + int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no cgroup, or no limit: "max"
+        return None
+
+
+def check_memory(needs: Sequence[ModelNeed], *, disk: str = "", notice: Callable[[str], None] | None = None) -> None:
+    """Say what the models take, one after the other, and refuse what does not fit.
+
+    Args:
+        disk: what else is to be said.
+        notice: called with a line.
+
+    Raises: UsageError, with the options that do fit.
+    """
+    available = available_bytes()
+    if notice is not None and needs:
+        parts = [
+            *(f"{need.what} {gigabytes(need.n_bytes)}" for need in needs),
+            disk,
+            f"{gigabytes(available)} available",
+        ]
+        notice(f"memory: {'; '.join(filter(None, parts))}")
+    for need in needs:
+        if need.n_bytes > available:
+            fitting = [str(other) for other in need.alternatives if other.n_bytes <= available]
+            raise UsageError(
+                f"not enough memory for {need.what}",
+                expected=f"about {gigabytes(need.n_bytes)}",
+                found=f"{gigabytes(available)} available",
+                fix=", or ".join(fitting) or "a machine with more",
+            )

@@ -1,0 +1,60 @@
+"""What validation says of a file: a verdict for each stage, the worst of them for the whole.
+
+stage       compares                                                          with
+structure   keys, tensor table, layout                                        lint's checks, and the source's metadata
+tensors     every weight, dequantized                                         the source's weights
+tokens      llama.cpp's token ids for texts in many scripts and for a chat    the reference tokenizer's
+logits      llama.cpp's next-token distributions                              the reference model's
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class Stage(enum.Enum):
+    """The stages, in the order in which they run."""
+
+    STRUCTURE = "structure"
+    TENSORS = "tensors"
+    TOKENS = "tokens"
+    LOGITS = "logits"
+
+
+class Verdict(enum.Enum):
+    """Is the file what it should be; later ones are worse."""
+
+    PASS = "pass"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """PASS where there is none."""
+    return max(verdicts, key=list(Verdict).index, default=Verdict.PASS)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it should be; WARN or FAIL.
+
+    `where` is a tensor, a key, or what was compared; `what` says what was expected and what was found.
+    """
+
+    verdict: Verdict
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What each stage's own result adds to. Units: seconds."""
+
+    problems: tuple[Problem, ...]
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(problem.verdict for problem in self.problems)

@@ -1,0 +1,172 @@
+"""Is a GGUF file what its source says it should be: the stages in turn, a verdict for the whole.
+
+validation = validate("model-Q4_K_M.gguf", "google/gemma-3n-E4B-it")
+validation.verdict, validation.stages[Stage.LOGITS].divergence.mean
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf3n.conversion import read_gguf, read_source
+from gguf3n.errors import GGUFError, UsageError
+from gguf3n.formats.gguf_layout import MAGIC
+from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
+from gguf3n.gemma3n.importance import match_importance
+from gguf3n.gemma3n.model import Model
+from gguf3n.validation.logits import check_logits
+from gguf3n.validation.result import Problem, Stage, StageResult, Verdict, worst
+from gguf3n.validation.structure import check_structure
+from gguf3n.validation.tensors import check_tensors
+from gguf3n.validation.tokens import check_tokens
+
+N_TOKENS = 1024
+"""Read by both engines unless told otherwise; half of them are scored."""
+N_CTX = 512
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was found of one file. `stages` are those that were run, in their order."""
+
+    path: Path
+    reference: str
+    stages: Mapping[Stage, StageResult]
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(result.verdict for result in self.stages.values())
+
+
+def read_reference(reference: str | Path, *, revision: str | None = None, show_progress: bool = False) -> Model:
+    """What a file is held against: a checkpoint directory, a Hub id, or an unquantized GGUF file.
+
+    Raises: SourceError or a class below it, HubError, GGUFError; UsageError for a quantized GGUF file.
+    """
+    if os.path.isfile(reference):
+        if revision is not None:
+            raise UsageError(f"--revision is for Hub ids; {reference} is a local path", fix="leave --revision out")
+        return read_gguf(reference)
+    return read_source(reference, revision=revision, show_progress=show_progress)
+
+
+def check_extra(reference: Model, stages: Collection[Stage], *, server: str | None = None) -> None:
+    """See that the packages are there that the stages need.
+
+    Raises: UsageError.
+    """
+    is_checkpoint = reference.path.is_dir()
+    needed: dict[str, Sequence[Stage]] = {
+        "xllamacpp": (Stage.TOKENS,) if server is not None and is_checkpoint else (Stage.TOKENS, Stage.LOGITS),
+        "transformers": (Stage.TOKENS, Stage.LOGITS) if is_checkpoint else (),
+        "torch": (Stage.LOGITS,) if is_checkpoint else (),
+    }
+    for package, users in needed.items():
+        lacking = [stage.value for stage in users if stage in stages]
+        if lacking and importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{' and '.join(lacking)} cannot be validated: {package} is not installed",
+                fix="pip install 'gguf3n[validate]', or --stages structure,tensors",
+            )
+
+
+def validate(
+    path: str | Path,
+    reference: str | Path | Model,
+    *,
+    stages: Collection[Stage] = tuple(Stage),
+    text: str | None = None,
+    n_tokens: int = N_TOKENS,
+    n_ctx: int = N_CTX,
+    server: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    save_reference: str | Path | None = None,
+    use_reference: str | Path | None = None,
+    imatrix: str | Path | ImportanceMatrix | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Callable[[Stage, int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Validation:
+    """Hold a GGUF file against its source.
+
+    Args:
+        reference: a checkpoint directory, a Hub id, an unquantized GGUF file, or what `read_reference` returned.
+        text: read by both engines; by default a built-in text in many scripts.
+        n_tokens: how much of it; `n_ctx` at a time.
+        server: address of a running llama-server to ask instead of llama.cpp in this process, as in
+            "http://127.0.0.1:8080"; it must have loaded the file.
+        device, dtype: of the reference model: "auto", "cpu" or "cuda"; "float32" or "bfloat16".
+        save_reference: where to keep the reference's log-probabilities; ending in .kld for llama-perplexity.
+        use_reference: such a file; the reference model is not run.
+        imatrix: what the file was quantized with, if it was: its tensors are then judged as sharply as others.
+        progress: called with a stage, and how much of it is done and to be done.
+        notice: called with a line on the memory that the logits take, before they start.
+
+    Raises: UsageError for options, packages or memory; GGUFError for a path that is not a file; the errors of
+        `read_reference`. What is wrong with the file is in the result, never an error.
+    """
+    path = Path(path)
+    _check_file(path)
+    model = reference if isinstance(reference, Model) else read_reference(reference)
+    check_extra(model, stages, server=server)
+    quant_weights = None if imatrix is None else _quant_weights(imatrix, model)
+
+    def report(stage: Stage) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+    checks: dict[Stage, Callable[[], StageResult]] = {
+        Stage.STRUCTURE: lambda: check_structure(path, model),
+        Stage.TENSORS: lambda: check_tensors(
+            path, model, threads=threads, quant_weights=quant_weights, progress=report(Stage.TENSORS)
+        ),
+        Stage.TOKENS: lambda: check_tokens(path, model.path),
+        Stage.LOGITS: lambda: check_logits(
+            path,
+            model.path,
+            text=text,
+            n_tokens=n_tokens,
+            n_ctx=n_ctx,
+            server=server,
+            device=device,
+            dtype=dtype,
+            save_reference=None if save_reference is None else Path(save_reference),
+            use_reference=None if use_reference is None else Path(use_reference),
+            threads=threads,
+            force=force,
+            progress=report(Stage.LOGITS),
+            notice=notice,
+        ),
+    }
+    return Validation(path, model.origin, {stage: _result(path, checks[stage]) for stage in Stage if stage in stages})
+
+
+def _quant_weights(imatrix: str | Path | ImportanceMatrix, model: Model) -> Mapping[str, NDArray[np.float32]]:
+    matrix = imatrix if isinstance(imatrix, ImportanceMatrix) else read_imatrix(imatrix)
+    return match_importance(matrix, model).quant_weights
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
+    if magic != MAGIC:
+        raise GGUFError(f"{path}: not a GGUF file", expected=f"{MAGIC!r} at its start", found=repr(magic))
+
+
+def _result(path: Path, check: Callable[[], StageResult]) -> StageResult:
+    """A file that cannot be read or loaded fails the stage; it is what validation is there to say."""
+    try:
+        return check()
+    except GGUFError as error:
+        return StageResult((Problem(Verdict.FAIL, path.name, str(error).replace("\n", ";")),), 0.0)

@@ -1,0 +1,195 @@
+"""The whole validation: sound files pass, each planted fault fails in the stages that should see it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import gguf3n
+from gguf3n.cli import app
+from gguf3n.errors import GGUFError, UsageError
+from gguf3n.validation.result import Stage, Verdict
+from gguf3n.validation.validate import Validation, validate
+from tests.validation import plant
+from tests.validation.plant_keys import FAULTS
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("xllamacpp")
+
+STRUCTURE, TENSORS, TOKENS, LOGITS = Stage
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("validated") / "tiny-Q8_0.gguf"
+    gguf3n.convert(tiny_checkpoint, "Q8_0", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(sound: Path, tiny_checkpoint: Path) -> Path:
+    """The reference's log-probabilities, so that its model is run once."""
+    path = sound.with_name("reference.safetensors")
+    validate(sound, tiny_checkpoint, stages=[LOGITS], save_reference=path, n_tokens=512, n_ctx=256, threads=1)
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_sound_file_passes(sound: Path, tiny_checkpoint: Path, reference: Path) -> None:
+    seen: list[tuple[Stage, int, int]] = []
+    validation = validate(
+        sound,
+        tiny_checkpoint,
+        use_reference=reference,
+        threads=1,
+        progress=lambda stage, done, total: seen.append((stage, done, total)),
+    )
+    assert list(validation.stages) == list(Stage)
+    assert [problem for result in validation.stages.values() for problem in result.problems] == []
+    assert validation.verdict is Verdict.PASS
+    assert {stage for stage, done, total in seen if done == total} == {TENSORS, LOGITS}
+
+
+def failed_stages(validation: Validation) -> set[Stage]:
+    return {stage for stage, result in validation.stages.items() if result.verdict is Verdict.FAIL}
+
+
+def planted(name: str) -> Callable[[Path, Path], None]:
+    function, _ = plant.PLANTS[name]
+
+    def plant_it(path: Path, source: Path) -> None:
+        function(plant.Planter(path, gguf3n.read_source(source)))
+
+    return plant_it
+
+
+def keyed(name: str) -> Callable[[Path, Path], None]:
+    return lambda path, source: FAULTS[name].plant(path)
+
+
+def norms_with_1_added(path: Path, source: Path) -> None:
+    planter = plant.Planter(path, gguf3n.read_source(source))
+    for tensor in planter.source.tensors:
+        if tensor.name.endswith("norm.weight"):
+            planter.write(tensor.name, planter.values(tensor.name) + 1)
+
+
+CAUGHT: dict[str, tuple[Callable[[Path, Path], None], set[Stage]]] = {
+    "one tensor of a layer replaced by another layer's": (planted("another_layers_tensor"), {TENSORS, LOGITS}),
+    "a row block zeroed": (planted("zeroed_rows"), {TENSORS}),
+    "norms with +1": (norms_with_1_added, {TENSORS, LOGITS}),
+    "wrong rope base": (keyed("wrong rope base"), {STRUCTURE, LOGITS}),
+    "wrong sliding pattern": (keyed("wrong sliding pattern"), {STRUCTURE, LOGITS}),
+    "shared_kv_layers off by one": (keyed("shared_kv_layers off by one"), {STRUCTURE}),
+    "AltUp matrices in the wrong order": (planted("altup_in_another_order"), {TENSORS, LOGITS}),
+    "a quantized tensor from an older checkpoint": (planted("older_version"), {TENSORS}),
+    "a vocabulary shifted by one": (keyed("vocabulary shifted up"), {STRUCTURE, TOKENS}),
+    "a chat template with a second BOS": (keyed("a second begin token"), {STRUCTURE, TOKENS}),
+}
+"""The fault, and the stages that must see it; others may."""
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_planted_fault_fails(name: str, sound: Path, tiny_checkpoint: Path, reference: Path, tmp_path: Path) -> None:
+    plant_fault, stages = CAUGHT[name]
+    path = Path(shutil.copy(sound, tmp_path / "faulty.gguf"))
+    plant_fault(path, tiny_checkpoint)
+    validation = validate(path, tiny_checkpoint, use_reference=reference, threads=1)
+    assert validation.verdict is Verdict.FAIL
+    assert stages <= failed_stages(validation), [result.problems for result in validation.stages.values()]
+
+
+def test_command(sound: Path, tiny_checkpoint: Path, reference: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    result = run("validate", sound, "--reference", tiny_checkpoint, "--use-reference", reference, "--json",
+                 "--threads", 1, "--quiet", "--report", report)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["verdict"] == "pass"
+    assert list(found["stages"]) == [stage.value for stage in Stage]
+    assert found["stages"]["logits"]["divergence"]["n_positions"] == 2 * (256 - 1 - 128)
+    assert found["stages"]["tensors"]["n_identical"] == len(found["stages"]["tensors"]["tensors"])
+    assert report.read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_command_says_what_is_wrong(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(sound, tmp_path / "faulty.gguf"))
+    planted("another_layers_tensor")(path, tiny_checkpoint)
+    arguments = ("validate", path, "--reference", tiny_checkpoint, "--stages", "tensors,structure", "--quiet")
+    result = run(*arguments)
+    assert result.exit_code == 12
+    assert "pass  structure" in result.stdout
+    assert "fail  tensors" in result.stdout
+    assert "the values of blk.4.attn_q.weight" in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines()[2:])) <= 80
+
+
+def test_a_file_that_llama_cpp_does_not_load(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(sound.read_bytes()[:-100_000])
+    validation = validate(path, tiny_checkpoint, n_tokens=32, threads=1)
+    assert failed_stages(validation) >= {STRUCTURE, LOGITS}
+
+
+def test_against_an_unquantized_gguf(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tiny-BF16.gguf"
+    gguf3n.convert(tiny_checkpoint, "BF16", source)
+    validation = validate(sound, source, n_tokens=64, n_ctx=32, threads=1)
+    assert validation.verdict is Verdict.PASS, [result.problems for result in validation.stages.values()]
+
+
+def test_convert_and_validate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-q", "Q4_0", "-o", tmp_path, "--validate", "--stages",
+                 "structure,tensors", "--json", "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    outputs = json.loads(result.stdout)["outputs"]
+    assert [output["validation"]["verdict"] for output in outputs] == ["pass", "pass"]
+    assert [list(output["validation"]["stages"]) for output in outputs] == [["structure", "tensors"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--stages", "logic"], "no stage 'logic'"),
+        (["--report", "page.pdf"], "page.pdf"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--revision", "main"], "--revision is for Hub ids"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_options(options: list[str], said: str, sound: Path, tiny_checkpoint: Path) -> None:
+    result = run("validate", sound, "--reference", tiny_checkpoint, *options)
+    assert isinstance(result.exception, UsageError | gguf3n.Gguf3nError)
+    assert said in str(result.exception)
+
+
+@pytest.mark.parametrize("options", [["--stages", "tensors"], ["--report", "x.md"], ["--validate", "--dry-run"]])
+def test_validation_options_of_convert(options: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-o", tmp_path, *options)
+    assert isinstance(result.exception, UsageError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(GGUFError, match="cannot be read"):
+        validate(tmp_path / "none.gguf", tiny_checkpoint)
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(GGUFError, match="not a GGUF file"):
+        validate(tmp_path / "text.gguf", tiny_checkpoint)
+
+
+def test_without_the_extra(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    with pytest.raises(UsageError, match=r"logits cannot be validated: torch is not (.|\n)*gguf3n\[validate\]"):
+        validate(sound, tiny_checkpoint)
+    assert isinstance(validate(sound, tiny_checkpoint, stages=[STRUCTURE]), Validation)
