@@ -28,9 +28,14 @@ BELOW: dict[str, set[str]] = {
     "pipeline": {"errors", "formats", "gemma3n", "recipes", "quants", "planning"},
     "conversion": {"errors", "formats", "gemma3n", "recipes", "planning", "pipeline"},
     "inspection": {"errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion"},
-    "validation": {"errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion"},
+    "plots": {"errors", "formats"},
+    "validation": {
+        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "inspection",
+        "plots",
+    },
     "cli": {
-        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "validation", "",
+        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "plots",
+        "validation", "",
     },
     "__main__": {"cli"},
     "": {"conversion", "errors", "formats", "planning", "quants", "recipes", "inspection", "validation"},
@@ -43,6 +48,8 @@ ONLY_IN = {
     "torch": "validation",
     "transformers": "validation",
     "xllamacpp": "validation",
+    "psutil": "validation",
+    "matplotlib": "plots",
     "typer": "cli",
     "rich": "cli",
     "sentencepiece": "gemma3n",
@@ -50,7 +57,9 @@ ONLY_IN = {
 }
 """Third-party package -> the one room that may import it."""
 
-NEVER_AT_THE_TOP = ("torch", "transformers", "xllamacpp", "sentencepiece", "huggingface_hub", "rich")
+NEVER_AT_THE_TOP = (
+    "torch", "transformers", "xllamacpp", "psutil", "matplotlib", "sentencepiece", "huggingface_hub", "rich",
+)  # fmt: skip
 
 
 def room(path: Path) -> str:

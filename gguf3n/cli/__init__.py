@@ -6,29 +6,36 @@ Results go to stdout, everything else to stderr. Only `main` catches errors.
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 import gguf3n
-from gguf3n.cli import convert, diff, edit, inspect, lint, quantize, recipes, repair
 from gguf3n.cli.console import print_error
 from gguf3n.errors import Gguf3nError, Interrupted
 
-app = typer.Typer(
-    name="gguf3n",
-    help="Turns Gemma 3n checkpoints into GGUF files for llama.cpp, Ollama and LM Studio.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+COMMANDS: Mapping[str, str | Mapping[str, str]] = {
+    "convert": "convert",
+    "quantize": "quantize",
+    "validate": "validate",
+    "imatrix": {"measure": "measure", "show": "show", "merge": "merge"},
+    "recipes": {"list": "list_recipes", "show": "show", "extract": "extract"},
+    "inspect": "inspect",
+    "lint": "lint",
+    "repair": "repair",
+    "edit": "edit",
+    "diff": "diff",
+    "stats": "stats",
+}
+"""Command, also the name of its module -> its function there; of a group, which has an `app`, those of its commands."""
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,19 +51,49 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (
-    convert.convert,
-    quantize.quantize,
-    inspect.inspect,
-    lint.lint,
-    repair.repair,
-    edit.edit,
-    diff.diff,
-):
-    app.command(_command.__name__)(_interruptible(_command))
-for _name, _subcommand in (("list", recipes.list_recipes), ("show", recipes.show), ("extract", recipes.extract)):
-    recipes.app.command(_name)(_interruptible(_subcommand))
-app.add_typer(recipes.app)
+@functools.cache
+def _loaded(name: str) -> Any:
+    """A command as typer has it; its module is imported here."""
+    functions = COMMANDS[name]
+    module = importlib.import_module(f"gguf3n.cli.{name}")
+    if isinstance(functions, str):
+        app = typer.Typer(add_completion=False)
+        functions = {name: functions}
+    else:
+        app = module.app
+    for word, function in functions.items():
+        app.command(word)(_interruptible(getattr(module, function)))
+    return typer.main.get_command(app)
+
+
+class _OnDemand(Mapping[str, Any]):
+    """The commands, each loaded when it is asked for: `inspect` must not wait for what `validate` imports."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _loaded(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Commands(TyperGroup):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = cast(Any, _OnDemand())
+
+
+app = typer.Typer(
+    name="gguf3n",
+    cls=_Commands,
+    help="Turns Gemma 3n checkpoints into GGUF files for llama.cpp, Ollama and LM Studio.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _print_version(wanted: bool) -> None:

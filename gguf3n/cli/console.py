@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +104,7 @@ def _rich_bar() -> Iterator[Callable[[Progress], None]]:
         console=Console(stderr=True),
         expand=True,
     ) as bar:
-        task = bar.add_task("converting", total=None)
+        task = bar.add_task("bytes", total=None)
         yield lambda state: bar.update(task, completed=state.done_bytes, total=state.total_bytes)
 
 
@@ -126,5 +127,60 @@ def _progress_lines() -> Callable[[Progress], None]:
             file=sys.stderr,
             flush=True,
         )
+
+    return update
+
+
+@contextmanager
+def steps_bar(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """For work in named steps: a bar for each on a terminal, lines elsewhere; both on stderr.
+
+    What it gives is called with a step's name, how much of it is done and how much there is.
+    """
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _rich_steps() as update:
+            yield update
+    else:
+        yield _step_lines()
+
+
+@contextmanager
+def _rich_steps() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    tasks: dict[str, TaskID] = {}
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+        expand=True,
+    ) as bar:
+
+        def update(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step)
+            bar.update(tasks[step], completed=done, total=total)
+
+        yield update
+
+
+def _step_lines() -> Callable[[str, int, int], None]:
+    printed: dict[str, tuple[float, float]] = {}
+
+    def update(step: str, done: int, total: int) -> None:
+        share = done / max(total, 1)
+        last, started = printed.setdefault(step, (0.0, time.monotonic()))
+        if last == 1 or (share < 1 and share < last + LINE_EVERY_SHARE):
+            return
+        printed[step] = (share, started)
+        seconds = time.monotonic() - started
+        left = f"  {seconds / share - seconds:.0f} s left" if share < 1 else f"  {seconds:.0f} s"
+        print(f"{step}  {share:4.0%}{left}", file=sys.stderr, flush=True)
 
     return update

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gguf3n.cli import options
-from gguf3n.cli.writing import wanted_recipes, write_or_show
+from gguf3n.cli.writing import wanted_recipes, wanted_stages, write_or_show
 from gguf3n.conversion import read_source
 
 
@@ -25,11 +25,15 @@ def convert(
     against: options.Against = None,
     threads: options.Threads = None,
     dry_run: options.DryRun = False,
+    validate: options.Validate = False,
+    stages: options.Stages = None,
+    report: options.Report = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     force: options.Force = False,
 ) -> None:
     """Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."""
+    wanted = wanted_stages(validate, stages, report, dry_run=dry_run)
     recipes = wanted_recipes(quant, like, output, ple=ple, token_embd=token_embd, tensor_types=tensor_types, keep=keep)
     write_or_show(
         read_source(source, revision=revision, weights=not dry_run, show_progress=not quiet),
@@ -39,6 +43,8 @@ def convert(
         against=against,
         threads=threads,
         dry_run=dry_run,
+        stages=wanted,
+        report=report,
         json=json,
         quiet=quiet,
         force=force,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gguf3n.recipes import PLE_TYPES, preset_names
+from gguf3n.validation.result import Stage
 
 TYPE_NAMES = ", ".join(preset_names())
 PLE_NAMES = ", ".join(qtype.name for qtype in PLE_TYPES)
@@ -46,3 +47,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and writ
 Json = Annotated[bool, typer.Option("--json", help="One JSON result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and results.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Validate = Annotated[bool, typer.Option("--validate", help="Prove what was written against its source.")]
+Stages = Annotated[
+    str | None,
+    typer.Option(help=f"What to validate, separated by commas. [default: {','.join(stage.value for stage in Stage)}]"),
+]
+Report = Annotated[Path | None, typer.Option(help="Write a page with all numbers: FILE.html or FILE.md.")]

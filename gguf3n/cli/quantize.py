@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gguf3n.cli import options
-from gguf3n.cli.writing import wanted_recipes, write_or_show
+from gguf3n.cli.writing import wanted_recipes, wanted_stages, write_or_show
 from gguf3n.conversion import read_gguf
 
 
@@ -28,11 +28,15 @@ def quantize(
     against: options.Against = None,
     threads: options.Threads = None,
     dry_run: options.DryRun = False,
+    validate: options.Validate = False,
+    stages: options.Stages = None,
+    report: options.Report = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     force: options.Force = False,
 ) -> None:
     """Quantize a GGUF file of Gemma 3n to one file, or to several from one read."""
+    wanted = wanted_stages(validate, stages, report, dry_run=dry_run)
     recipes = wanted_recipes(quant, like, output, ple=ple, token_embd=token_embd, tensor_types=tensor_types, keep=keep)
     write_or_show(
         read_gguf(source, allow_requantize=allow_requantize),
@@ -42,6 +46,8 @@ def quantize(
         against=against,
         threads=threads,
         dry_run=dry_run,
+        stages=wanted,
+        report=report,
         json=json,
         quiet=quiet,
         force=force,

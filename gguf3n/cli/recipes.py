@@ -15,7 +15,9 @@ from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.planning import Estimate, estimate
 from gguf3n.recipes import Recipe, find_recipe, format_recipe, preset_names, variant_names
 
-app = typer.Typer(name="recipes", help="List, show and extract quantizations.", no_args_is_help=True)
+app = typer.Typer(
+    name="recipes", help="List, show and extract quantizations.", no_args_is_help=True, add_completion=False
+)
 
 
 def list_recipes(

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note, progress_bar, shape_text
+from gguf3n.cli.validate import parse_stages, print_validation, validate_written, validation_json
 from gguf3n.conversion import Conversion, output_paths, plan_all, read_recipe, write
-from gguf3n.errors import UsageError
+from gguf3n.errors import FindingsError, UsageError
 from gguf3n.formats.imatrix import read_imatrix
 from gguf3n.gemma3n.model import Model
 from gguf3n.planning import Plan
 from gguf3n.recipes import Recipe, find_recipe, override
+from gguf3n.validation.report import check_report, write_report
+from gguf3n.validation.result import Stage, Verdict
+from gguf3n.validation.validate import check_extra
 
 
 def wanted_recipes(
@@ -49,11 +55,22 @@ def write_or_show(
     against: str | None,
     threads: int | None,
     dry_run: bool,
+    stages: Sequence[Stage],
+    report: Path | None,
     json: bool,
     quiet: bool,
     force: bool,
 ) -> None:
-    """Write the files, or print what would be written."""
+    """Write the files and validate them, or print what would be written.
+
+    Args:
+        stages: of the validation; none for no validation.
+    """
+    check_extra(model, stages)
+    if report is not None:
+        if len(recipes) > 1:
+            raise UsageError(f"one report for {len(recipes)} files", fix="validate them one by one")
+        check_report(report, force=force)
     matrix = None if imatrix is None else read_imatrix(imatrix)
     plans = plan_all(model, recipes, imatrix=matrix)
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
@@ -72,12 +89,33 @@ def write_or_show(
         return
     with progress_bar(quiet=quiet) as progress:
         written = write(plans, output, threads=threads, force=force, progress=progress)
+    if not json:
+        _print_written(written)
+    validations = validate_written(
+        [each.path for each in written], model, stages, imatrix=matrix, threads=threads, quiet=quiet
+    )
+    if report is not None:
+        write_report(validations[0], report, force=force)
     if json:
         result["seconds"] = round(written[0].seconds, 3)
         result["outputs"] = [_plan_json(each.plan, each.path, with_tensors=False) for each in written]
+        for entry, validation in zip(result["outputs"], validations, strict=False):
+            entry["validation"] = validation_json(validation)
         print_json(result)
     else:
-        _print_written(written)
+        for validation in validations:
+            print_validation(validation)
+    if any(validation.verdict is Verdict.FAIL for validation in validations):
+        raise typer.Exit(FindingsError.exit_code)
+
+
+def wanted_stages(validate: bool, stages: str | None, report: Path | None, *, dry_run: bool) -> tuple[Stage, ...]:
+    """The stages of `--validate` and `--stages`; none without. Raises: UsageError."""
+    if not validate and (stages is not None or report is not None):
+        raise UsageError(f"{'--stages' if stages is not None else '--report'} without --validate")
+    if validate and dry_run:
+        raise UsageError("--validate with --dry-run, which writes nothing to validate")
+    return parse_stages(stages) if validate else ()
 
 
 def _type_counts(plan: Plan) -> str:

@@ -1,0 +1,309 @@
+"""`gguf3n imatrix`: measure an importance matrix, look into one, add several."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gguf3n.cli import options
+from gguf3n.cli.console import columns, print_json, print_note, steps_bar
+from gguf3n.cli.paint import filled, line_width, paint, printable
+from gguf3n.conversion import read_source
+from gguf3n.errors import Interrupted, UsageError
+from gguf3n.formats.gguf_writer import check_output
+from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
+from gguf3n.gemma3n.importance import match_importance
+from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
+from gguf3n.validation.activations import MIN_CTX, N_CTX, Measurement, measure_chunks
+
+SCHEMA = "gguf3n.imatrix/1"
+SAVE_EVERY = 10
+"""As often as llama-imatrix saves what it has."""
+
+MEASURE = "measure"
+
+
+class Group(TyperGroup):
+    """Takes `imatrix SRC …` for `imatrix measure SRC …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = [MEASURE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="imatrix",
+    cls=Group,
+    help="Measure, show and merge importance matrices.",
+    epilog="gguf3n imatrix SRC … is gguf3n imatrix measure SRC …; see gguf3n imatrix measure --help.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+
+
+def measure(
+    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
+    text: Annotated[list[Path], typer.Option("--text", help="A UTF-8 text file; repeatable, read as one text.")],
+    output: Output = Path("imatrix.gguf"),
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    ctx: Annotated[int, typer.Option(min=MIN_CTX, help="Tokens of a chunk.")] = N_CTX,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Chunks to read. [default: all]")] = None,
+    from_chunk: Annotated[int, typer.Option(min=0, help="Leave out so many chunks at the start of the text.")] = 0,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Take <start_of_turn> and the like in the text for what they are.")
+    ] = False,
+    layers_only: Annotated[
+        bool, typer.Option("--layers-only", help="No entries for the embedding tables, as llama-imatrix.")
+    ] = False,
+    merge: Annotated[list[Path] | None, typer.Option(help="Add what this file has counted; repeatable.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Write the file after every so many chunks.")] = SAVE_EVERY,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    force: options.Force = False,
+) -> None:
+    """Run a checkpoint over text and write what its activations say of each column.
+
+    The file is also written after every --save-every chunks and on Ctrl-C.
+    To go on from there, measure the rest with --from-chunk and --merge it.
+    """
+    if os.path.isfile(source):
+        raise UsageError(
+            f"{source}: a file", expected="a checkpoint directory, or a Hub id", fix="for a GGUF file use llama-imatrix"
+        )
+    check_output(output, force=force)
+    earlier = [read_imatrix(path) for path in merge or ()]
+    _check_ctx(earlier, ctx)
+    model = read_source(source, revision=revision, show_progress=not quiet)
+    for imatrix in earlier:
+        match_importance(imatrix, model)
+
+    def save(measured: Measurement) -> ImportanceMatrix:
+        nonlocal force
+        imatrix = merge_imatrices([*earlier, measured.imatrix], chunk_size=ctx)
+        write_imatrix(imatrix, output, force=force)
+        force = True
+        return replace(imatrix, path=output)
+
+    started = time.monotonic()
+    measured = None
+    try:
+        with steps_bar(quiet=quiet) as show_step:
+            for measured in measure_chunks(
+                model.path,
+                text,
+                n_ctx=ctx,
+                n_chunks=chunks,
+                first_chunk=from_chunk,
+                special=parse_special,
+                tables=not layers_only,
+                device=device,
+                dtype=dtype,
+                notice=lambda text: print_note("note", text, quiet=quiet),
+            ):
+                if measured.n_done == 1:
+                    print_note("note", f"perplexity of the first chunk: {measured.perplexity:.4g}", quiet=quiet)
+                if show_step is not None:
+                    show_step("measuring", measured.n_done, measured.n_chunks)
+                if measured.n_done % save_every == 0:
+                    save(measured)
+    except KeyboardInterrupt:
+        if measured is None:
+            raise
+        save(measured)
+        raise Interrupted(
+            f"interrupted after {measured.n_done:,} of {measured.n_chunks:,} chunks, which are in {output}",
+            fix=f"go on with --from-chunk {from_chunk + measured.n_done} --merge {output} --force",
+        ) from None
+    assert measured is not None
+    imatrix = save(measured)
+    seconds = time.monotonic() - started
+    if json:
+        print_json(_measured_json(measured, imatrix, seconds))
+        return
+    of = f", {imatrix.n_chunks:,} with those of {_names(merge)}" if merge else ""
+    print(output)
+    print(filled(f"{len(imatrix.entries)} entries, {measured.n_done:,} chunks of {ctx} tokens{of}"))
+    print(filled(f"perplexity {measured.perplexity:.4f}"))
+    share = len(measured.seen) / measured.n_vocab
+    print(filled(f"{len(measured.seen):,} of {measured.n_vocab:,} tokens of the vocabulary seen ({share:.1%})"))
+    print(f"{seconds:.1f} s")
+
+
+def show(
+    file: Annotated[Path, typer.Argument(help="An importance matrix, .gguf or .dat.")],
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Each entry's and each layer's, as llama-imatrix has them.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Show what an importance matrix was measured on and what it covers."""
+    imatrix = read_imatrix(file)
+    found = imatrix_statistics(imatrix) if statistics else None
+    if json:
+        print_json(_as_json(imatrix, found))
+        return
+    print(paint(printable(str(file)), "bold"))
+    for line in columns(_facts(imatrix), "<<"):
+        print(line)
+    for dataset in imatrix.datasets:
+        print(filled(dataset))
+    print()
+    if found is None:
+        for line in columns([("matrix", "entries", "columns", "inputs"), *_kinds(imatrix)], "<>>>"):
+            print(line)
+        return
+    wide = line_width() >= FULL_WIDTH
+    shown = [column for column in COLUMNS if wide or column[3]]
+    rows = [tuple(name for name, *_ in shown)]
+    rows += [tuple(text(entry) for _, _, text, _ in shown) for entry in found.entries]
+    for line in columns(rows, "".join(align for _, align, *_ in shown)):
+        print(line)
+    print()
+    layers = [("layer", "total", "zd %", "cosine")]
+    layers += [(str(each.bid), _g(each.total), _share(each.zd), _cosine(each.cosine)) for each in found.layers]
+    for line in columns(layers, ">>>>"):
+        print(line)
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Importance matrices of one model, .gguf or .dat.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    ctx: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Tokens of a chunk in .dat files. [default: the others', or {LEGACY_CHUNK_SIZE}]"),
+    ] = None,
+    json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Add several importance matrices, as if their texts had been measured together; .dat files become GGUF."""
+    check_output(output, force=force)
+    merged = merge_imatrices([read_imatrix(path) for path in files], chunk_size=ctx)
+    write_imatrix(merged, output, force=force)
+    merged = replace(merged, path=output)
+    if json:
+        print_json(_as_json(merged, None))
+        return
+    print(output)
+    print(filled(f"{len(merged.entries)} entries, {merged.n_chunks:,} chunks of {merged.chunk_size} tokens"))
+
+
+def _check_ctx(earlier: Sequence[ImportanceMatrix], ctx: int) -> None:
+    """Refuse what could not be merged, before any work is done."""
+    for imatrix in earlier:
+        if imatrix.chunk_size not in (0, ctx):
+            raise UsageError(
+                f"--merge {imatrix.path}: measured with chunks of another size",
+                expected=f"--ctx {imatrix.chunk_size}",
+                found=f"--ctx {ctx}",
+            )
+
+
+def _names(paths: Sequence[Path] | None) -> str:
+    return ", ".join(map(str, paths or ()))
+
+
+def _facts(imatrix: ImportanceMatrix) -> list[tuple[str, str]]:
+    form = "legacy .dat" if imatrix.is_legacy else "GGUF"
+    size = f" of {imatrix.chunk_size} tokens" if imatrix.chunk_size else ""
+    return [
+        ("form", form),
+        ("entries", str(len(imatrix.entries))),
+        ("chunks", f"{imatrix.n_chunks:,}{size}" if imatrix.n_chunks else "not known"),
+        ("texts", str(len(imatrix.datasets))),
+    ]
+
+
+def _kinds(imatrix: ImportanceMatrix) -> list[tuple[str, str, str, str]]:
+    """A row for each matrix of a layer: how many entries, their columns, how many inputs were summed."""
+    kinds: dict[str, list[Any]] = {}
+    for name, entry in sorted(imatrix.entries.items()):
+        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(entry)
+    return [
+        (
+            printable(kind),
+            str(len(entries)),
+            _span({entry.sums.shape[-1] for entry in entries}),
+            _span({int(count) for entry in entries for count in entry.counts}),
+        )
+        for kind, entries in kinds.items()
+    ]
+
+
+def _span(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _g(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[EntryStatistics], str], bool], ...] = (
+    ("layer", ">", lambda each: "-" if each.bid is None else str(each.bid), True),
+    ("matrix", "<", lambda each: printable(each.tensor), True),
+    ("total", ">", lambda each: _g(each.total), True),
+    ("min", ">", lambda each: _g(each.minimum), False),
+    ("max", ">", lambda each: _g(each.maximum), True),
+    ("mean", ">", lambda each: _g(each.mean), True),
+    ("dev", ">", lambda each: _g(each.deviation), False),
+    ("active %", ">", lambda each: _share(each.active), False),
+    ("n", ">", lambda each: str(each.n), False),
+    ("entropy", ">", lambda each: f"{each.entropy:.4f}", False),
+    ("even %", ">", lambda each: _share(each.evenness), True),
+    ("zd %", ">", lambda each: _share(each.zd), True),
+    ("cosine", ">", lambda each: _cosine(each.cosine), True),
+)
+"""Heading, alignment, text, and whether a narrow terminal has it too."""
+
+FULL_WIDTH = 120
+
+
+def _measured_json(measured: Measurement, imatrix: ImportanceMatrix, seconds: float) -> dict[str, Any]:
+    return {
+        **_as_json(imatrix, None),
+        "n_ctx": measured.n_ctx,
+        "first_chunk": measured.first_chunk,
+        "chunks_measured": measured.n_done,
+        "perplexity": measured.perplexity,
+        "vocabulary": {"seen": len(measured.seen), "total": measured.n_vocab},
+        "seconds": round(seconds, 3),
+    }
+
+
+def _as_json(imatrix: ImportanceMatrix, statistics: ImatrixStatistics | None) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "path": str(imatrix.path),
+        "legacy": imatrix.is_legacy,
+        "datasets": list(imatrix.datasets),
+        "chunks": imatrix.n_chunks,
+        "chunk_count": imatrix.chunk_count,
+        "chunk_size": imatrix.chunk_size,
+        "entries": [
+            {"name": name, "columns": entry.sums.shape[-1], "counts": [int(count) for count in entry.counts]}
+            for name, entry in sorted(imatrix.entries.items())
+        ],
+    }
+    if statistics is not None:
+        result["statistics"] = asdict(statistics)
+    return result

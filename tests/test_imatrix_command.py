@@ -1,0 +1,242 @@
+"""`gguf3n imatrix` as a person or a script sees it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compare_imatrix
+import numpy as np
+import pytest
+
+import gguf3n.cli
+from gguf3n.cli import imatrix as command
+from gguf3n.errors import Interrupted, OutputError, UsageError
+from gguf3n.formats.imatrix import merge_imatrices, read_imatrix, write_imatrix
+from gguf3n.validation.activations import Measurement, measure_chunks
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+TEXT = compare_imatrix.TEXT
+OPTIONS = ("--text", TEXT, "--ctx", "16", "--device", "cpu")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`run("imatrix", "show", path)` in an empty directory: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["gguf3n", *map(str, arguments)])
+        code: Any = 0
+        try:
+            gguf3n.cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        captured = capsys.readouterr()
+        return int(code), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_checkpoint: Path) -> list[Measurement]:
+    """Four chunks of a real run."""
+    return list(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, n_chunks=4, device="cpu"))
+
+
+@pytest.fixture
+def replayed(
+    recorded: list[Measurement], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int | None], list[dict[str, Any]]]:
+    """Measuring gives out the recorded chunks, and is interrupted after some; what it was asked for is kept."""
+
+    def replay(interrupt_after: int | None) -> list[dict[str, Any]]:
+        asked: list[dict[str, Any]] = []
+
+        def chunks(source: Path, texts: list[Path], **options: Any) -> Iterator[Measurement]:
+            asked.append({"source": source, "texts": texts, **options})
+            for measurement in recorded:
+                if measurement.n_done - 1 == interrupt_after:
+                    raise KeyboardInterrupt
+                yield measurement
+
+        monkeypatch.setattr(command, "measure_chunks", chunks)
+        return asked
+
+    return replay
+
+
+def plain(text: str) -> bool:
+    lines = text.splitlines()
+    return "\x1b" not in text and all(len(line) <= 80 or ("/" in line and " " not in line) for line in lines)
+
+
+def test_measure(run: Run, tiny_checkpoint: Path, recorded: list[Measurement], tmp_path: Path) -> None:
+    code, out, err = run("imatrix", tiny_checkpoint, *OPTIONS, "--chunks", "4", "-o", "i.gguf")
+    assert code == 0 and plain(out)
+    assert "306 entries, 4 chunks of 16 tokens" in out and "perplexity" in out
+    assert f"{len(recorded[-1].seen)} of 1,088 tokens of the vocabulary seen" in out
+    assert "memory" in err and "perplexity of the first chunk" in err and "100%" in err
+    written = read_imatrix(tmp_path / "i.gguf")
+    assert (written.n_chunks, written.chunk_size, written.datasets) == (4, 16, (str(TEXT),))
+    for name, entry in recorded[-1].imatrix.entries.items():
+        assert np.array_equal(written.entries[name].sums, entry.sums)
+
+
+def test_the_options_reach_the_measurement(
+    run: Run, tiny_checkpoint: Path, replayed: Callable[[int | None], list[dict[str, Any]]]
+) -> None:
+    asked = replayed(None)
+    options = ("--chunks", 9, "--from-chunk", 3, "--parse-special", "--layers-only", "--dtype", "bfloat16")
+    code, out, err = run("imatrix", "measure", tiny_checkpoint, *OPTIONS, "--text", TEXT, *options, "--json", "--quiet")
+    assert (code, err) == (0, "")
+    (given,) = asked
+    del given["notice"]
+    assert given == {
+        "source": tiny_checkpoint,
+        "texts": [TEXT, TEXT],
+        "n_ctx": 16,
+        "n_chunks": 9,
+        "first_chunk": 3,
+        "special": True,
+        "tables": False,
+        "device": "cpu",
+        "dtype": "bfloat16",
+    }
+    result = json.loads(out)
+    assert result["schema"] == command.SCHEMA and result["path"] == "imatrix.gguf"
+    assert (result["chunks"], result["chunks_measured"]) == (4, 4)
+    assert result["vocabulary"]["total"] == 1088 and len(result["entries"]) == 306
+
+
+@pytest.mark.parametrize(("after", "kept"), [(3, 3), (0, None)])
+def test_interrupted(
+    run: Run,
+    tiny_checkpoint: Path,
+    replayed: Callable[[int | None], list[dict[str, Any]]],
+    tmp_path: Path,
+    after: int,
+    kept: int | None,
+) -> None:
+    """What is done is in the file, and the error says how to go on; before the first chunk there is no file."""
+    replayed(after)
+    code, _, err = run("imatrix", tiny_checkpoint, *OPTIONS, "-o", "i.gguf", "--quiet")
+    assert code == Interrupted.exit_code
+    if kept is None:
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert "after 3 of 4 chunks" in err and "--from-chunk 3 --merge i.gguf --force" in err
+        assert read_imatrix(tmp_path / "i.gguf").n_chunks == kept
+
+
+def test_saved_on_the_way(
+    run: Run,
+    tiny_checkpoint: Path,
+    replayed: Callable[[int | None], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replayed(None)
+    saved = []
+
+    def write(imatrix: Any, path: Path, *, force: bool) -> None:
+        write_imatrix(imatrix, path, force=force)
+        saved.append(read_imatrix(path).n_chunks)
+
+    monkeypatch.setattr(command, "write_imatrix", write)
+    assert run("imatrix", tiny_checkpoint, *OPTIONS, "--save-every", "3", "--quiet")[0] == 0
+    assert saved == [3, 4]
+
+
+def test_go_on(run: Run, tiny_checkpoint: Path, recorded: list[Measurement], tmp_path: Path) -> None:
+    """Three chunks, then the fourth with --from-chunk and --merge into the same file: as if measured at once."""
+    path = tmp_path / "i.gguf"
+    write_imatrix(recorded[2].imatrix, path)
+    options = (*OPTIONS, "--from-chunk", "3", "--chunks", "1", "--merge", path, "-o", path, "--quiet")
+    assert run("imatrix", tiny_checkpoint, *options)[0] == OutputError.exit_code
+    code, out, _ = run("imatrix", tiny_checkpoint, *options, "--force")
+    assert code == 0 and "1 chunks of 16 tokens, 4 with those of" in " ".join(out.split())
+    merged = read_imatrix(path)
+    assert merged.n_chunks == 4
+    for name, entry in recorded[-1].imatrix.entries.items():
+        assert np.array_equal(merged.entries[name].counts, entry.counts)
+        assert merged.entries[name].sums == pytest.approx(entry.sums, rel=1e-5)
+
+
+def test_what_cannot_be_used_is_refused_before_any_work(
+    run: Run, tiny_checkpoint: Path, replayed: Callable[[int | None], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    asked = replayed(None)
+    other, sample = tmp_path / "other.gguf", compare_imatrix.sample_files(tmp_path)[0]
+    imatrix = read_imatrix(sample)
+    entries = {name.replace("attn_q", "laurel_r"): entry for name, entry in imatrix.entries.items()}
+    write_imatrix(replace(imatrix, chunk_size=16, entries=entries), other)
+    code, _, err = run("imatrix", tiny_checkpoint, *OPTIONS, "--merge", sample)
+    assert code == UsageError.exit_code and "--ctx 128" in err
+    code, _, err = run("imatrix", tiny_checkpoint, *OPTIONS, "--merge", other)
+    assert code == 9 and "does not fit the model" in err
+    code, _, err = run("imatrix", other, *OPTIONS)
+    assert code == UsageError.exit_code and "llama-imatrix" in err
+    assert asked == [] and not (tmp_path / "imatrix.gguf").exists()
+
+
+def test_show(run: Run, recorded: list[Measurement], tmp_path: Path) -> None:
+    path = tmp_path / "i.gguf"
+    write_imatrix(recorded[-1].imatrix, path)
+    code, out, _ = run("imatrix", "show", path)
+    assert code == 0 and plain(out)
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert rows["chunks"] == ["4", "of", "16", "tokens"]
+    assert rows["attn_k"] == ["20", "256", "64"] and rows["altup_router"] == ["22", "256", "128"]
+    assert rows["per_layer_token_embd"] == ["1", "5,632", "64"]
+    assert str(TEXT) in out.replace("\n", "").replace("    ", "")
+    assert json.loads(run("imatrix", "show", path, "--json")[1])["chunk_count"] == 8
+
+
+def test_show_statistics(
+    run: Run, recorded: list[Measurement], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "i.gguf"
+    write_imatrix(recorded[-1].imatrix, path)
+    code, out, _ = run("imatrix", "show", path, "--statistics")
+    assert code == 0 and plain(out)
+    assert sum(line.split()[1:2] == ["ffn_down"] for line in out.splitlines()) == 22
+    assert out.splitlines()[-1].split()[0] == "21"
+    monkeypatch.setattr(command, "line_width", lambda: 200)
+    assert "entropy" in run("imatrix", "show", path, "--statistics")[1]
+    statistics = json.loads(run("imatrix", "show", path, "--statistics", "--json")[1])["statistics"]
+    assert len(statistics["entries"]) == 306 and len(statistics["layers"]) == 22
+
+
+def test_merge(run: Run, tmp_path: Path) -> None:
+    paths = compare_imatrix.sample_files(tmp_path)
+    code, out, _ = run("imatrix", "merge", *paths, "-o", "m.gguf")
+    assert code == 0 and plain(out) and "9 entries, 12 chunks of 128 tokens" in out
+    expected = merge_imatrices([read_imatrix(path) for path in paths])
+    assert read_imatrix(tmp_path / "m.gguf").datasets == expected.datasets
+    assert run("imatrix", "merge", *paths, "-o", "m.gguf")[0] == OutputError.exit_code
+    out = run("imatrix", "merge", paths[-1], "-o", "m.gguf", "--ctx", "64", "--force", "--json")[1]
+    assert json.loads(out)["chunk_size"] == 64
+    out = run("imatrix", "show", paths[-1])[1]
+    assert "legacy .dat" in out
+
+
+def test_help_names_the_three_and_says_what_the_short_form_is(run: Run) -> None:
+    code, out, _ = run("imatrix", "--help")
+    assert code == 0
+    for word in ("measure", "show", "merge", "gguf3n imatrix SRC"):
+        assert word in out
+    assert "--text" in run("imatrix", "measure", "--help")[1]
+
+
+def test_a_directory_with_the_name_of_a_command(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "show").symlink_to(tiny_checkpoint, target_is_directory=True)
+    code, _, _ = run("imatrix", "./show", *OPTIONS, "--chunks", "1", "-o", "i.gguf", "--quiet")
+    assert code == 0 and (tmp_path / "i.gguf").exists()
