@@ -48,6 +48,11 @@ class Gguf3nError(Exception):
                 parts.append(f"  {label + ':':<10}{text}")
         return "\n".join(parts)
 
+    @property
+    def one_line(self) -> str:
+        """The same where it is a part of something else."""
+        return "; ".join(" ".join(line.split()) for line in str(self).splitlines())
+
     def as_dict(self) -> dict[str, str | int | None]:
         """The same parts for `--json`."""
         return {

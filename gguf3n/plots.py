@@ -19,8 +19,8 @@ from typing import Any
 
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_writer import check_output, output_error
+from gguf3n.formats.half import F16_MAX
 
-F16_MAX = 65504.0
 SUFFIXES = (".png", ".svg")
 
 INK, FAINT = "#1f2328", "#8c959f"

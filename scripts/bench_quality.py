@@ -25,6 +25,7 @@ import multiprocessing
 import platform
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +51,8 @@ from gguf3n.validation.reference import Reference
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- quality:begin -->\n", "<!-- quality:end -->\n"
 THEIRS = "@llama.cpp"
+WIDTH = 125
+"""Of the README's lines."""
 SAME = 1.02
 """Ratio of two divergences that is not worth a remark."""
 
@@ -301,16 +304,21 @@ def milli(nats: float) -> str:
 
 
 def caption(facts: dict[str, Any]) -> str:
-    """What the table is of."""
+    """What the table is of, and how to read it."""
     training, versions, imatrix = facts["training"], facts["versions"], facts["imatrix"]
     found = next(q["divergence"] for row in facts["rows"] for q in (row["plain"], row["guided"]) if q is not None)
-    return (
+    paragraphs = (
         f"Measured on {facts['date']} ({facts['machine']}; xllamacpp {versions['xllamacpp']}, transformers "
         f"{versions['transformers']}, torch {versions['torch']}) on the model that `scripts/train_tiny.py --steps "
-        f"{training['steps']} --seed {training['seed']}` made: {found['n_positions']:,} positions of its held-out text "
-        f"(perplexity of the reference: {found['reference_perplexity']:.3f}), importances from {imatrix['tokens']:,} "
-        f"tokens of {imatrix['from']}.\n"
+        f"{training['steps']} --seed {training['seed']}` made: {found['n_positions']:,} positions of its held-out "
+        f"text, where the reference's perplexity is {found['reference_perplexity']:.3f}; importances (im) from "
+        f"{imatrix['tokens']:,} tokens of {imatrix['from']}. A model this small is not E4B: the table ranks types, it "
+        "does not foretell their divergence there, and sizes are its own.",
+        'KL is the mean divergence from the reference in thousandths of a nat, "99 %" its 99th percentile; top-1 in '
+        'percent. Under llama.cpp stand the bytes that llama-quantize writes; "=" are the bytes that ours has, '
+        '"refused" is what it does not write for Gemma 3n, "-" what needs importances or has no counterpart.',
     )
+    return "\n".join(f"{textwrap.fill(paragraph, WIDTH, break_on_hyphens=False)}\n" for paragraph in paragraphs)
 
 
 def surprises(rows: Sequence[Row]) -> list[str]:

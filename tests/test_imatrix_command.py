@@ -155,6 +155,23 @@ def test_saved_on_the_way(
     assert saved == [3, 4]
 
 
+def test_how_to_go_on_with_a_number_of_chunks(
+    run: Run, tiny_checkpoint: Path, replayed: Callable[[int | None], list[dict[str, Any]]]
+) -> None:
+    replayed(3)
+    _, _, err = run("imatrix", tiny_checkpoint, *OPTIONS, "--chunks", 4, "-o", "i.gguf", "--quiet")
+    assert "--from-chunk 3 --chunks 1 --merge i.gguf" in err
+
+
+@pytest.mark.parametrize("options", [("--text", "missing.txt"), ("--dtype", "float16")])
+def test_options_are_looked_at_before_a_source_is_fetched(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(command, "read_source", None)
+    code, _, err = run("imatrix", "org/name", *OPTIONS, *options)
+    assert code in (2, 3) and options[1] in err
+
+
 def test_go_on(run: Run, tiny_checkpoint: Path, recorded: list[Measurement], tmp_path: Path) -> None:
     """Three chunks, then the fourth with --from-chunk and --merge into the same file: as if measured at once."""
     path = tmp_path / "i.gguf"

@@ -21,7 +21,8 @@ from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
-from gguf3n.validation.activations import MIN_CTX, N_CTX, Measurement, measure_chunks
+from gguf3n.validation.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, read_texts
+from gguf3n.validation.reference import check_device
 
 SCHEMA = "gguf3n.imatrix/1"
 SAVE_EVERY = 10
@@ -57,7 +58,7 @@ def measure(
     output: Output = Path("imatrix.gguf"),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     ctx: Annotated[int, typer.Option(min=MIN_CTX, help="Tokens of a chunk.")] = N_CTX,
-    chunks: Annotated[int | None, typer.Option(min=1, help="Chunks to read. [default: all]")] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Chunks to read.", show_default="all")] = None,
     from_chunk: Annotated[int, typer.Option(min=0, help="Leave out so many chunks at the start of the text.")] = 0,
     parse_special: Annotated[
         bool, typer.Option("--parse-special", help="Take <start_of_turn> and the like in the text for what they are.")
@@ -85,6 +86,8 @@ def measure(
     check_output(output, force=force)
     earlier = [read_imatrix(path) for path in merge or ()]
     _check_ctx(earlier, ctx)
+    read_texts(text)
+    check_device(device, dtype)
     model = read_source(source, revision=revision, show_progress=not quiet)
     for imatrix in earlier:
         match_importance(imatrix, model)
@@ -122,9 +125,10 @@ def measure(
         if measured is None:
             raise
         save(measured)
+        left = "" if chunks is None else f" --chunks {measured.n_chunks - measured.n_done}"
         raise Interrupted(
             f"interrupted after {measured.n_done:,} of {measured.n_chunks:,} chunks, which are in {output}",
-            fix=f"go on with --from-chunk {from_chunk + measured.n_done} --merge {output} --force",
+            fix=f"go on with --from-chunk {from_chunk + measured.n_done}{left} --merge {output} --force",
         ) from None
     assert measured is not None
     imatrix = save(measured)
@@ -182,7 +186,9 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
     ctx: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Tokens of a chunk in .dat files. [default: the others', or {LEGACY_CHUNK_SIZE}]"),
+        typer.Option(
+            min=1, help="Tokens of a chunk in .dat files.", show_default=f"the others', or {LEGACY_CHUNK_SIZE}"
+        ),
     ] = None,
     json: options.Json = False,
     force: options.Force = False,

@@ -26,7 +26,8 @@ Like = Annotated[
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="A .gguf file or a directory. [default: ./NAME-TYPE.gguf]")
+    Path | None,
+    typer.Option("--output", "-o", help="A .gguf file or a directory.", show_default="./NAME-TYPE.gguf"),
 ]
 Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama-imatrix (.gguf or .dat).")]
 Ple = Annotated[str | None, typer.Option(help=f"Type of per_layer_token_embd. {PLE_NAMES}.")]
@@ -39,10 +40,12 @@ TensorTypes = Annotated[
 ]
 Keep = Annotated[
     str | None,
-    typer.Option(help="f16 or bf16, for the matrices that are never quantized. [default: f16 where it holds them]"),
+    typer.Option(
+        help="f16 or bf16, for the matrices that are never quantized.", show_default="f16 where it holds them"
+    ),
 ]
 Against = Annotated[str | None, typer.Option(help="With --dry-run: show what differs from this quantization.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Workers. [default: processors + 2]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Workers.", show_default="processors + 2")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and results.")]
@@ -50,6 +53,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that exist."
 Validate = Annotated[bool, typer.Option("--validate", help="Prove what was written against its source.")]
 Stages = Annotated[
     str | None,
-    typer.Option(help=f"What to validate, separated by commas. [default: {','.join(stage.value for stage in Stage)}]"),
+    typer.Option(
+        help=f"What to validate, separated by commas: {', '.join(stage.value for stage in Stage)}.", show_default="all"
+    ),
 ]
 Report = Annotated[Path | None, typer.Option(help="Write a page with all numbers: FILE.html or FILE.md.")]

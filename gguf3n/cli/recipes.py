@@ -56,7 +56,7 @@ def show(
 
 def extract(
     source: Annotated[str, typer.Argument(help="A GGUF file: a path, an https URL, or org/repo:QUANT on the Hub.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .toml file. [default: stdout]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .toml file.", show_default="stdout")] = None,
     quiet: options.Quiet = False,
     force: options.Force = False,
 ) -> None:

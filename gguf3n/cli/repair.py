@@ -35,7 +35,7 @@ def repair(
     file: Annotated[Path, typer.Argument(help="A GGUF file.")],
     fix: Annotated[
         list[str] | None,
-        typer.Option(help="Mend only what this check finds; repeatable. [default: all errors and warnings]"),
+        typer.Option(help="Mend only what this check finds; repeatable.", show_default="all errors and warnings"),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write another file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the fixes and write nothing.")] = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -152,14 +153,12 @@ def _print_sections(result: Statistics) -> None:
     for section in Section:
         tensors = [tensor for tensor in result.tensors if tensor.place.section is section]
         if tensors:
-            types: dict[str, int] = {}
-            for tensor in tensors:
-                types[tensor.dtype] = types.get(tensor.dtype, 0) + 1
-            counts = ", ".join(f"{n} {name}" for name, n in types.items())
+            types = Counter(tensor.dtype for tensor in tensors)
+            counts = ", ".join(f"{n}\xa0{name}" for name, n in types.most_common())  # no break between the two
             n_weights = sum(tensor.n_weights for tensor in tensors)
             rows.append((f"  {section.value}", f"{len(tensors)} tensors", f"{n_weights:,} weights", counts))
     for line in columns(rows, "<>><") if rows else ():
-        print(cut(line, line_width()))
+        print(filled(line.removeprefix("  ")).replace("\xa0", " "))
     lost = [sum(getattr(tensor.part, field) for tensor in result.tensors) for field in F16_FIELDS]
     print(filled(f"in float16: {lost[0]:,} weights overflow, {lost[1]:,} become zero, {lost[2]:,} subnormal"))
     broken = [tensor for tensor in result.tensors if tensor.part.n_nan + tensor.part.n_infinite]
@@ -276,14 +275,12 @@ def _print_risks(risks: Sequence[Risk], activation_max: float, show_all: bool) -
     if len(shown) < len(listed):
         print(filled(f"{len(shown)} of {len(listed)}; --all shows all", 0))
     limit = f"{activation_max:g}"
-    print(
-        filled(
-            f"{len(listed)} of {len(risks)} convolutions can exceed {F16_MAX:.0f} with activations of at most {limit}: "
-            "sum is the largest sum of an output channel's magnitudes, and activations from 'overflows at' on, of the "
-            "right signs, carry it there.",
-            0,
-        )
+    count = f"{len(listed)} of {len(risks)} convolutions can exceed {F16_MAX:.0f} with activations of at most {limit}"
+    meaning = (
+        ": sum is the largest sum of an output channel's magnitudes, and activations from 'overflows at' on, of the "
+        "right signs, carry it there."
     )
+    print(filled(count + (meaning if shown else "."), 0))
     rest = risks[len(listed) :]
     if rest:
         safe = f"The other {len(rest)} cannot; the first of them from {_activation(rest[0])}"

@@ -24,7 +24,7 @@ from gguf3n.validation.result import Stage, StageResult, Verdict
 from gguf3n.validation.structure import StructureResult
 from gguf3n.validation.tensors import TensorError, TensorsResult
 from gguf3n.validation.tokens import TokensResult
-from gguf3n.validation.validate import N_CTX, N_TOKENS, Validation, read_reference
+from gguf3n.validation.validate import N_CTX, N_TOKENS, Validation, check_file, read_reference
 from gguf3n.validation.validate import validate as run_validation
 
 SCHEMA = "gguf3n.validate/1"
@@ -40,7 +40,7 @@ def validate(
     ],
     stages: options.Stages = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    text: Annotated[Path | None, typer.Option(help="A text for the logits. [default: a built-in one]")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text for the logits.", show_default="a built-in one")] = None,
     tokens: Annotated[int, typer.Option(min=4, help="How many of its tokens; half of them are scored.")] = N_TOKENS,
     ctx: Annotated[int, typer.Option(min=4, help="Tokens read at a time.")] = N_CTX,
     server: Annotated[
@@ -66,8 +66,11 @@ def validate(
 ) -> None:
     """Prove a GGUF file against its source, tensor by tensor, token by token. Exit code 12 if it fails."""
     wanted = parse_stages(stages)
+    if text is not None and use_reference is not None:
+        raise UsageError("--text with --use-reference, which brings its own text", fix="leave one of them out")
     if report is not None:
         check_report(report, force=force)
+    check_file(file)
     sample = None if text is None else read_texts([text])
     source = read_reference(reference, revision=revision, show_progress=not quiet)
     for notice in source.notices:
@@ -131,11 +134,11 @@ def print_validation(validation: Validation) -> None:
             print(f"{'':19}{line}")
         for problem in result.problems[:SHOWN]:
             print(filled(f"{problem.verdict.value}: {problem.where}: {problem.what}", 8))
+        if len(result.problems) > SHOWN:
+            print(filled(f"and {len(result.problems) - SHOWN} more", 8))
         notes = result.notes if isinstance(result, TensorsResult) else ()
         for note in notes[:SHOWN]:
             print(filled(f"note: {note}", 8))
-        if len(result.problems) > SHOWN:
-            print(filled(f"and {len(result.problems) - SHOWN} more", 8))
     print(paint(f"verdict: {validation.verdict.value}", STYLES[validation.verdict]))
 
 
@@ -145,7 +148,7 @@ def _said(result: StageResult) -> list[str]:
         case StructureResult():
             return [f"{result.lint.n_checks} checks; keys and vocabulary against the source's"]
         case TensorsResult():
-            lines = [f"{len(result.errors):,} tensors, {result.n_identical:,} with the bytes of our quantizers"]
+            lines = [f"{len(result.errors):,} tensors, {result.n_identical:,} with our quantizers' bytes (sampled)"]
             if result.errors:
                 worst = result.errors[0]
                 low, high = worst.expected
@@ -161,7 +164,7 @@ def _said(result: StageResult) -> list[str]:
                 f"median {found.median:.3g}, 95th {found.p95:.3g}, 99th {found.p99:.3g}, max {found.maximum:.3g}",
                 f"top-1 {found.top1_agreement:.1%}, top-5 {found.top5_agreement:.1%}",
                 f"perplexity {found.candidate_perplexity:.4g}, reference {found.reference_perplexity:.4g}",
-                f"{found.n_positions:,} positions in {result.n_chunks} chunks of {result.n_ctx} tokens",
+                f"{found.n_positions:,} positions, tokens {result.n_chunks} x {result.n_ctx}",
             ]
         case _:
             return ["could not be run"]
@@ -180,21 +183,22 @@ def validate_written(
     if not stages:
         return []
     validations: list[Validation] = []
-    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder, steps_bar(quiet=quiet) as show:
+    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
         kept = Path(folder, "reference.safetensors") if len(paths) > 1 and Stage.LOGITS in stages else None
         for path in paths:
             is_there = kept is not None and kept.exists()
-            validation = run_validation(
-                path,
-                source,
-                stages=stages,
-                threads=threads,
-                save_reference=None if is_there else kept,
-                use_reference=kept if is_there else None,
-                imatrix=imatrix,
-                progress=by_stage(show),
-                notice=lambda text: print_note("note", text, quiet=quiet),
-            )
+            with steps_bar(quiet=quiet) as show:
+                validation = run_validation(
+                    path,
+                    source,
+                    stages=stages,
+                    threads=threads,
+                    save_reference=None if is_there else kept,
+                    use_reference=kept if is_there else None,
+                    imatrix=imatrix,
+                    progress=by_stage(show),
+                    notice=lambda text: print_note("note", text, quiet=quiet),
+                )
             validations.append(validation)
     return validations
 

@@ -127,8 +127,7 @@ class GGUFWriter:
         check_output(self.path, force=self.force)
         check_space(self.path, self.layout.total_bytes)
         try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
-            self._temporary = Path(name)
+            descriptor, self._temporary = make_temporary(self.path)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(self.layout.header)
                 file.truncate(self.layout.total_bytes)
@@ -156,13 +155,10 @@ class GGUFWriter:
         self._files.close()
         check_output(self.path, force=self.force)
         try:
-            umask = os.umask(0)
-            os.umask(umask)
-            self._temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600
             if self.durable:
                 with open(self._temporary, "r+b") as file:
                     os.fsync(file.fileno())
-            os.replace(self._temporary, self.path)
+            give_name(self._temporary, self.path)
         except OSError as error:
             raise output_error(self.path, error) from error
         self._temporary = None
@@ -174,14 +170,30 @@ class GGUFWriter:
             self._temporary = None
 
 
+def make_temporary(path: Path) -> tuple[int, Path]:
+    """A descriptor and the name of a new file beside the final one."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    return descriptor, Path(name)
+
+
+def give_name(temporary: Path, path: Path) -> None:
+    """Give a complete file its final name, and the rights of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600
+    os.replace(temporary, path)
+
+
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output that can't be written, before any work is done."""
     if os.path.isdir(path):  # os.path: a name that is too long is refused when the file is made
-        raise OutputError(f"{path} is a directory", expected="a file name", fix="name the file with -o")
+        raise OutputError(f"{path} is a directory", expected="a file name", fix="name a file in it")
     if os.path.exists(path) and not force:
-        raise OutputError(f"{path} exists already", fix="add --force to replace it or choose another name with -o")
+        raise OutputError(f"{path} exists already", fix="add --force to replace it or choose another name")
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"{path}: there is no directory {path.parent}", fix="make it, or choose another place")
     if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"no permission to write in {path.parent}", fix="choose another place with -o")
+        raise OutputError(f"no permission to write in {path.parent}", fix="choose another place")
 
 
 def check_space(path: Path, n_bytes: int) -> None:
@@ -195,7 +207,7 @@ def check_space(path: Path, n_bytes: int) -> None:
             f"{path}: not enough space on the disk",
             expected=f"{n_bytes:,} bytes",
             found=f"{free:,} bytes free",
-            fix="free some space or choose another place with -o",
+            fix="free some space or choose another place",
         )
 
 
@@ -214,7 +226,7 @@ def make_directory(path: Path) -> None:
 def output_error(path: Path, error: OSError) -> OutputError:
     """What went wrong with the output, in the user's words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path}: the disk is full", fix="free some space or choose another place with -o")
+        return OutputError(f"{path}: the disk is full", fix="free some space or choose another place")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"no permission to write {path}", fix="choose another place with -o")
+        return OutputError(f"no permission to write {path}", fix="choose another place")
     return OutputError(f"{path}: cannot be written", found=error.strerror or str(error))

@@ -11,11 +11,12 @@ Source: common/imatrix-loader.cpp and tools/imatrix/imatrix.cpp of llama.cpp.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,13 @@ class Entry:
         """
         counted = self.counts[:, None] > 0
         return np.where(counted, self.sums / np.where(counted, self.counts[:, None], np.float32(1)), np.float32(1))
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether activations can give these values."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            means = self.quant_weights
+        return bool((self.sums >= 0).all() and np.isfinite(self.counts).all() and np.isfinite(means).all())
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,11 @@ def merge_imatrices(imatrices: Sequence[ImportanceMatrix], *, chunk_size: int | 
     for imatrix in imatrices:
         scale = np.float32(size if imatrix.is_legacy else 1)
         for name, entry in imatrix.entries.items():
-            scaled = Entry(entry.sums * scale, entry.counts * scale)
-            entries[name] = _add(entries[name], scaled, name, imatrix.path) if name in entries else scaled
+            with np.errstate(over="ignore"):  # refused below
+                scaled = Entry(entry.sums * scale, entry.counts * scale)
+                entries[name] = _add(entries[name], scaled, name, imatrix.path) if name in entries else scaled
+            if not entries[name].is_possible:
+                raise UsageError(f"{imatrix.path}: entry {name!r}: a sum that float32 does not hold")
     return ImportanceMatrix(
         path=Path("merged"),
         entries=entries,
@@ -137,11 +148,13 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     try:
         with open(path, "rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC
-        imatrix = _read_gguf(path) if is_gguf else _read_legacy(path, path.read_bytes())
+        imatrix = _read_gguf(path) if is_gguf else _read_legacy(path)
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
     for name, entry in imatrix.entries.items():
-        if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all() and np.isfinite(entry.counts).all()):
+        if not entry.sums.size or not entry.counts.size:
+            raise GGUFError(f"{path}: entry {name!r} has no values", fix="measure the importance matrix again")
+        if not entry.is_possible:
             raise GGUFError(
                 f"{path}: entry {name!r} has values that are not finite or are negative",
                 expected="sums of squares",
@@ -158,7 +171,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             continue
         base = name.removesuffix(SUMS)
         counts = gguf.tensors.get(base + COUNTS)
-        if counts is None or tensor.n_weights % counts.n_weights or {tensor.qtype, counts.qtype} != {QType.F32}:
+        is_whole = counts is not None and counts.n_weights and tensor.n_weights % counts.n_weights == 0
+        if counts is None or not is_whole or {tensor.qtype, counts.qtype} != {QType.F32}:
             raise GGUFError(
                 f"{path}: entry {base!r} is incomplete",
                 expected=f"{base}{SUMS} and {base}{COUNTS} in F32, the first a multiple of the second",
@@ -173,9 +187,9 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(
         path,
         entries,
-        tuple(map(str, _value(gguf, DATASETS, []))),
-        int(_value(gguf, CHUNK_COUNT, 0)),
-        int(_value(gguf, CHUNK_SIZE, 0)),
+        tuple(map(str, _value(gguf, DATASETS, list, []))),
+        _value(gguf, CHUNK_COUNT, int, 0),
+        _value(gguf, CHUNK_SIZE, int, 0),
     )
 
 
@@ -185,23 +199,27 @@ def _values(gguf: GGUFFile, tensor: GGUFTensor) -> NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
-def _value(gguf: GGUFFile, name: str, default: Any) -> Any:
-    return gguf.value(name) if name in gguf.keys else default
+def _value(gguf: GGUFFile, name: str, kind: type, default: Any) -> Any:
+    """A key's value; the default where it is missing or of another type."""
+    value = gguf.value(name) if name in gguf.keys else default
+    return value if isinstance(value, kind) else default
 
 
-def _read_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    position = 0
+def _read_legacy(path: Path) -> ImportanceMatrix:
+    with open(path, "rb") as file:
+        return _read_legacy_from(file, path, os.fstat(file.fileno()).st_size)
 
+
+def _read_legacy_from(file: BinaryIO, path: Path, file_bytes: int) -> ImportanceMatrix:
     def take(n: int) -> bytes:
-        nonlocal position
-        if not 0 <= n <= len(data) - position:
+        position = file.tell()
+        if not 0 <= n <= file_bytes - position:
             raise GGUFError(
                 f"{path}: not an importance matrix, or truncated",
                 expected="the output of llama-imatrix",
-                found=f"a length of {n:,} at byte {position:,} of {len(data):,}",
+                found=f"a length of {n:,} at byte {position:,} of {file_bytes:,}",
             )
-        position += n
-        return data[position - n : position]
+        return file.read(n)
 
     def number() -> int:
         return int(struct.unpack("<i", take(4))[0])
@@ -214,8 +232,8 @@ def _read_legacy(path: Path, data: bytes) -> ImportanceMatrix:
         entries[name] = Entry(sums, np.array([max(n_calls, 1)], np.float32))
     if not entries:
         raise GGUFError(f"{path}: an importance matrix without entries")
-    n_chunks = number() if position < len(data) else 0
-    dataset = take(number()).decode("utf-8", "replace") if position < len(data) else ""
+    n_chunks = number() if file.tell() < file_bytes else 0
+    dataset = take(number()).decode("utf-8", "replace") if file.tell() < file_bytes else ""
     return ImportanceMatrix(path, entries, (dataset,) if dataset else (), n_chunks, is_legacy=True)
 
 

@@ -182,8 +182,9 @@ def _open_safetensors(path: Path) -> SavedLogprobs:
             ids, rows = tensors["token_ids"], tensors["logprobs"]
             if _fit(ids, rows):
                 file.seek(ids.offset)
-                token_ids = np.frombuffer(file.read(ids.n_bytes), "<i4").reshape(ids.shape).astype(np.int32)
-                return SavedLogprobs(path, token_ids, rows.shape[-1], metadata, False, rows.offset)
+                token_ids = _token_ids(path, file.read(ids.n_bytes), ids.shape, rows.shape[-1])
+                texts = {str(name): str(value) for name, value in metadata.items()}
+                return SavedLogprobs(path, token_ids, rows.shape[-1], texts, False, rows.offset)
     raise UsageError(
         f"{path}: not a file of log-probabilities",
         expected="one that --save-reference wrote, or llama-perplexity's --kl-divergence-base",
@@ -218,8 +219,21 @@ def _open_kld(path: Path) -> SavedLogprobs:
                 found=f"{found:,} bytes",
                 fix="write it again",
             )
-        token_ids = np.frombuffer(file.read(4 * n_chunks * n_ctx), "<i4").reshape(n_chunks, n_ctx)
-    return SavedLogprobs(path, token_ids.astype(np.int32), n_vocab, {}, True, offset)
+        token_ids = _token_ids(path, file.read(4 * n_chunks * n_ctx), (n_chunks, n_ctx), n_vocab)
+    return SavedLogprobs(path, token_ids, n_vocab, {}, True, offset)
+
+
+def _token_ids(path: Path, data: bytes, shape: tuple[int, ...], n_vocab: int) -> NDArray[np.int32]:
+    token_ids = np.frombuffer(data, "<i4").reshape(shape).astype(np.int32)
+    wrong = token_ids[(token_ids < 0) | (token_ids >= n_vocab)]
+    if len(wrong):
+        raise CheckpointError(
+            f"{path}: damaged",
+            expected=f"token ids below {n_vocab:,}",
+            found=f"{wrong[0]:,}",
+            fix="write it again",
+        )
+    return token_ids
 
 
 def pack_kld_row(logprobs: NDArray[np.float32]) -> bytes:
@@ -243,5 +257,6 @@ def unpack_kld_row(row: bytes, n_vocab: int) -> NDArray[np.float32]:
     """Log-probabilities of a row. Shapes: `[n_vocab]`."""
     scale, minimum = np.frombuffer(row, "<f4", 2)
     levels = np.frombuffer(row, "<u2", n_vocab, 8)
-    logprobs: NDArray[np.float32] = levels.astype(np.float32) * scale + minimum
+    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged file, whose divergence is then no number
+        logprobs: NDArray[np.float32] = levels.astype(np.float32) * scale + minimum
     return logprobs

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from gguf3n.formats.gguf_writer import check_output, check_space, output_error
+from gguf3n.formats.gguf_writer import check_output, check_space, give_name, make_temporary, output_error
 
 
 class WholeFile:
@@ -30,10 +29,9 @@ class WholeFile:
         self.force = force
         self.n_written = 0
         try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            descriptor, self._temporary = make_temporary(path)
         except OSError as error:
             raise output_error(path, error) from error
-        self._temporary = Path(name)
         self._file: BinaryIO = os.fdopen(descriptor, "wb")
 
     def __enter__(self) -> WholeFile:
@@ -44,10 +42,7 @@ class WholeFile:
             self._file.close()
             if kind is None:
                 check_output(self.path, force=self.force)
-                umask = os.umask(0)
-                os.umask(umask)
-                self._temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600
-                os.replace(self._temporary, self.path)
+                give_name(self._temporary, self.path)
         except OSError as error:
             raise output_error(self.path, error) from error
         finally:

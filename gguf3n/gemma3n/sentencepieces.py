@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gguf.constants import TokenType
@@ -34,13 +35,16 @@ class SentencePieces:
             for i, (text, kind) in enumerate(zip(self.vocabulary.tokens, self.vocabulary.types, strict=True))
             if kind in WHOLE or (i >= n_pieces and kind is TokenType.USER_DEFINED)
         }
-        longest_first = sorted(self._whole, key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._split = _any_of(self._whole)
+        self._split_ordinary = _any_of(
+            text for text, i in self._whole.items() if self.vocabulary.types[i] is TokenType.USER_DEFINED
+        )
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids; with `add_special`, those that the tokenizer adds before and after."""
+    def encode(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]:
+        """Token ids; with `add_special`, those that the tokenizer adds before and after; control tokens in the text are
+        recognized if `special`."""
         ids: list[int] = []
-        for part in self._split.split(text):
+        for part in (self._split if special else self._split_ordinary).split(text):
             if part in self._whole:
                 ids.append(self._whole[part])
             else:
@@ -50,3 +54,9 @@ class SentencePieces:
         if add_special and self.vocabulary.add_tokens.get("eos", False):
             ids.append(self.vocabulary.special_ids["eos"])
         return ids
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Splits at any of these, the longest first, and keeps them; nowhere if there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

@@ -28,7 +28,7 @@ from gguf3n.formats.imatrix import Entry, ImportanceMatrix
 ACTIVE = 1e-5
 """Mean squares up to this are those of columns that do nothing."""
 
-LAYER = re.compile(r"blk\.(\d+)\.")
+LAYER = re.compile(r"blk\.([0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)

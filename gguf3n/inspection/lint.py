@@ -216,7 +216,7 @@ def lint(source: str | Path, *, with_data: bool = False, progress: Callable[[int
     except GGUFError as error:
         if not is_remote(source) and not Path(source).is_file():
             raise
-        return Report(str(source), (Finding(UNREADABLE, str(error).replace("\n", ";")),), 1, "the header is unreadable")
+        return Report(str(source), (Finding(UNREADABLE, error.one_line),), 1, "the header is unreadable")
     return lint_file(gguf, with_data=with_data, progress=progress)
 
 

@@ -43,7 +43,7 @@ from gguf3n.formats.hub import fetch_checkpoint, is_repo_id
 from gguf3n.formats.offset_files import OffsetFiles
 from gguf3n.formats.source import DTYPE_BYTES, FLOAT_DTYPES, SourceTensor
 from gguf3n.inspection.network import Kind, Place, kind, place
-from gguf3n.pipeline import default_threads
+from gguf3n.pipeline import PROGRESS_SECONDS, default_threads
 
 HISTOGRAM_WEIGHTS = 1 << 18
 """Of one chunk of a 16-bit type.
@@ -63,8 +63,6 @@ ACTIVATION_MAX = 1024.0
 """Why: a convolution that keeps the size of its input has weights of 1/sqrt(n), n to a sum, so sums of magnitudes of
 0.8 sqrt(n); the longest of the vision tower, 3,840, of 49, and 49 times 1,024 is below 65,504. What is listed is larger
 than that; and a norm gives 1,024 at most with sqrt(3,840) = 62 in one channel and a weight of 16."""
-
-PROGRESS_SECONDS = 0.1
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
+from gguf.constants import MODEL_TENSOR
 from numpy.typing import NDArray
 
 from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
 from gguf3n.gemma3n.tensors import target_name, written_order
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.validation.memory import check_memory, reference_need
-from gguf3n.validation.reference import HEAD_POSITIONS, Reference, tokenize
+from gguf3n.validation.reference import HEAD_POSITIONS, Reference, check_device
+from gguf3n.validation.reference_tokenizers import open_reference
 
 N_CTX = 512
 MIN_CTX = 16
@@ -47,8 +50,6 @@ MIN_CTX = 16
 # Mean squares of the rows, weighted by how often the text uses them (usage counts), in place of the entry:
 #   token_embd           -13 %    -4    -8   -14    -6   -16   -26     0   -11    -36      +2
 # The input of each layer's projection, in place of the gate: -7 % to +12 % against weights that are all one. Not kept.
-TOKEN_EMBD = f"{TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD]}.weight"
-PER_LAYER_TOKEN_EMBD = f"{TENSOR_NAMES[MODEL_TENSOR.PER_LAYER_TOKEN_EMBD]}.weight"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,11 @@ def measure_chunks(
     """
     if n_ctx < MIN_CTX:
         raise UsageError(f"chunks of {n_ctx} tokens", expected=f"{MIN_CTX} or more")
-    tokens = tokenize(source, read_texts(texts), special=special)
+    if n_chunks is not None and n_chunks < 1:
+        raise UsageError(f"{n_chunks} chunks", expected="1 or more")
+    check_device(device, dtype)
+    with closing(open_reference(source)) as tokenizer:
+        tokens = tokenizer.encode(read_texts(texts), special=special)
     available = len(tokens) // n_ctx - first_chunk
     if available < 1:
         raise UsageError(
@@ -158,7 +163,7 @@ def measure_chunks(
             fix="give more text, or smaller chunks with --ctx",
         )
     n_chunks = available if n_chunks is None else min(n_chunks, available)
-    check_memory([reference_need(source, dtype)], notice=notice)
+    check_memory([reference_need(source, dtype, n_ctx=n_ctx)], notice=notice)
     with Reference(source, device=device, dtype=dtype) as reference:
         total: dict[str, NDArray[np.float64]] = {}
         counts: dict[str, int] = {}

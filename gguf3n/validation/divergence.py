@@ -116,11 +116,11 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _kl_divergence(p_log: NDArray[np.float64], q_log: NDArray[np.float64], floor: float) -> float:
-    known = p_log > floor
+    known = ~(p_log <= floor)  # what is not a number is none in the result either
     if not known.all():
         p_log, q_log = p_log[known], q_log[known]
     p = np.exp(p_log)
-    likely = p > 0
+    likely = p != 0
     if not likely.all():
         p, p_log, q_log = p[likely], p_log[likely], q_log[likely]
     return float(p @ (p_log - q_log))

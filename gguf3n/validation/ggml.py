@@ -21,7 +21,8 @@ from gguf3n.errors import UsageError
 def library() -> ctypes.CDLL:
     """The wheel's shared object, with the signatures of the functions below.
 
-    Raises: UsageError where xllamacpp is not installed.
+    Raises: UsageError where xllamacpp is not installed; OSError or AttributeError where the wheel exports nothing, as
+        on Windows.
     """
     try:
         import xllamacpp
@@ -29,7 +30,9 @@ def library() -> ctypes.CDLL:
         raise UsageError(
             "llama.cpp cannot be called: no module xllamacpp", fix="pip install 'gguf3n[validate]'"
         ) from error
-    (path,) = Path(str(xllamacpp.__file__)).parent.glob("xllamacpp*.so")
+    path = next(Path(str(xllamacpp.__file__)).parent.glob("xllamacpp*.so"), None)
+    if path is None:
+        raise OSError("the xllamacpp wheel has no shared object that can be called")
     lib = ctypes.CDLL(str(path))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t

@@ -11,6 +11,7 @@ so it is asked once a position, with the text up to there.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import GGUFError, UsageError
+from gguf3n.pipeline import processors
 from gguf3n.validation.llama_library import LlamaLibrary, UnknownLayout
 
 # more than any vocabulary: the server then returns all of it
@@ -77,14 +79,6 @@ def open_llama_cpp(
         return LlamaLibrary(path, n_ctx=n_ctx, n_threads=n_threads or processors())
     except UnknownLayout:
         return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
-
-
-def processors() -> int:
-    """The processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
 
 
 class LlamaCpp:
@@ -228,15 +222,18 @@ class LlamaServer:
         try:
             return post(self.url + path, request)
         except urllib.error.HTTPError as error:
-            found = f"{error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
+            said = " ".join(error.read(500).decode(errors="replace").split())
+            found = f"{error.code} {error.reason}: {said}"
             raise UsageError(
                 f"{self.url}{path}: the server refuses",
                 found=found,
                 fix=f"is it a llama-server, with a model loaded and a context that is large enough? "
                 f"A key that it demands is taken from {KEY_VARIABLE}",
             ) from error
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{self.url}{path}: not a llama-server", found=str(error)) from error
+        except (ValueError, http.client.HTTPException) as error:  # no address, or no JSON; no HTTP, or half an answer
+            raise UsageError(
+                f"{self.url}{path}: not a llama-server", found=str(error).strip(), fix="correct --server"
+            ) from error
         except OSError as error:  # URLError, a connection that breaks off, a time-out
             reason = getattr(error, "reason", None) or error
             raise UsageError(

@@ -97,7 +97,7 @@ class LlamaLibrary:
 
     Args:
         n_ctx: the longest text.
-        n_threads: by default one a processor.
+        n_threads: that compute.
 
     Why: keys and values are cached in float32 and flash attention is off, so the file is measured, not the cache.
 
@@ -220,7 +220,7 @@ def bindings() -> Any:
         for name, (result, arguments) in signatures.items():
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
-    except (AttributeError, OSError, ValueError) as error:
+    except (AttributeError, OSError) as error:
         raise UnknownLayout(str(error)) from error
     check_parameters("llama_context_params", lib.llama_context_default_params(), CONTEXT_FIELDS)
     check_parameters("llama_model_params", lib.llama_model_default_params(), MODEL_FIELDS)

@@ -90,7 +90,7 @@ class LlamaProcess:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:  # it has ended; not BrokenPipeError on every system
             raise self._ended() from None
         self._n_due = len(token_ids) - first
         while self._n_due:

@@ -1,13 +1,13 @@
 """What running the models takes, before they are loaded.
 
-    reference    its weights in the dtype they are computed in; logits of some positions
+    reference    its weights in the dtype they are computed in; attention of a chunk; logits of some positions
     llama.cpp    the file; keys and values of a chunk; logits of some positions
     disk         the reference's log-probabilities, unless they are there already
 
 The two models are never in memory together.
 
 # measured: 2026-11-21, largest resident sizes with a checkpoint of E2B's size and its Q4_K_M, chunks of 512 tokens:
-reference in bfloat16 5.72 GB, 5.74 expected; llama.cpp 4.35 GB, 4.6 expected
+reference in bfloat16 5.72 GB, 5.77 expected; llama.cpp 4.35 GB, 4.6 expected
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from gguf3n.validation.llama_library import N_BATCH
 from gguf3n.validation.reference import HEAD_POSITIONS, HEAD_ROWS
 
 TORCH_BYTES = 650_000_000
-"""Of a process that has loaded torch and transformers, and of the activations of a chunk."""
+"""Of a process that has loaded torch and transformers, and of the activations of 512 tokens."""
+SCORES_BYTES = 3 * 4
+"""Of each pair of positions and each head: attention is computed plainly, its scores are copied when they are masked
+and when their softmax is taken.
+
+# measured: 2026-11-21, the tests' checkpoint, four heads: 0.55 GB with 512 tokens, 1.43 GB with 4,096, 0.79 GB expected
+# to be added
+"""
 LLAMA_BYTES = 100_000_000
 """Of a process that has loaded llama.cpp, and of its buffers for everything but logits."""
 
@@ -79,7 +86,7 @@ def models_needs(
     if reference is not None:
         saved = Alternative("--use-reference FILE")
         if reference.is_dir():
-            needs.append(reference_need(reference, dtype, saved, SMALLER_STAGES))
+            needs.append(reference_need(reference, dtype, saved, SMALLER_STAGES, n_ctx=n_ctx))
         else:
             needs.append(llama_cpp_need(open_gguf(reference), n_ctx, saved, SMALLER_STAGES))
     if server is None:
@@ -87,8 +94,8 @@ def models_needs(
     return tuple(needs)
 
 
-def reference_need(directory: Path, dtype: str, *others: Alternative) -> ModelNeed:
-    """Of a checkpoint's text model in torch.
+def reference_need(directory: Path, dtype: str, *others: Alternative, n_ctx: int = 512) -> ModelNeed:
+    """Of a checkpoint's text model in torch, with chunks of n_ctx tokens.
 
     Why: weights that are in bfloat16 already stay in the file, which is mapped; of the per-layer table only those rows
     are ever read that the text has tokens for.
@@ -99,14 +106,15 @@ def reference_need(directory: Path, dtype: str, *others: Alternative) -> ModelNe
     mapping = map_tensors(config, read_tensor_table(directory), str(directory))
     # logits of some positions, their soft cap, and of one position the log-probabilities in float64
     logits = (2 * 4 * HEAD_POSITIONS + 3 * 8) * config.vocab_size
-    in_float32 = 4 * mapping.n_weights + logits + TORCH_BYTES
+    working = logits + SCORES_BYTES * config.num_attention_heads * n_ctx**2 + TORCH_BYTES
+    in_float32 = 4 * mapping.n_weights + working
     n_unread = sum(
         tensor.n_weights
         for tensor in mapping.tensors
         if tensor.name == PER_LAYER_TOKEN_EMBD and tensor.source_dtypes == {"BF16"}
     )
     widened = 4 * HEAD_ROWS * config.hidden_size
-    in_bfloat16 = 2 * (mapping.n_weights - n_unread) + widened + logits + TORCH_BYTES
+    in_bfloat16 = 2 * (mapping.n_weights - n_unread) + widened + working
     if dtype == "float32":
         others = (Alternative("--dtype bfloat16", in_bfloat16), *others)
     return ModelNeed(f"the reference in {dtype}", in_float32 if dtype == "float32" else in_bfloat16, others)

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
+from gguf3n.validation.reference_tokenizers import load_tokenizer, open_reference
 
 # every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses
 _TEXT_NAMES = {r"^(base_model\.model\.)?(model\.language_model|language_model\.model|model)\.": "model."}
@@ -42,22 +44,16 @@ class Reference:
     float32 in either case.
 
     Raises: ConfigError: not a Gemma 3n. CheckpointError: tensors are missing. UsageError: no torch or no transformers,
-        no such device or dtype.
+        no such device or dtype, or a device with too little memory.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], *, device: str = "auto", dtype: str = "float32") -> None:
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise UsageError(
-                f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
-            ) from error
+        self.device = check_device(device, dtype)
+        import torch
+        import transformers
+
         self._torch = torch
         self.directory = Path(checkpoint)
-        self.device = _device(torch, device)
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
         self.dtype = dtype
         config = json.loads((self.directory / "config.json").read_text("utf-8"))
         text = config.get("text_config", config)
@@ -88,7 +84,8 @@ class Reference:
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
-        self._model = model.eval().to(self.device)
+        with self._device_memory():
+            self._model = model.eval().to(self.device)
         self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
 
     def __enter__(self) -> Reference:
@@ -104,6 +101,17 @@ class Reference:
         if self.device == "cuda":
             self._torch.cuda.empty_cache()
 
+    @contextmanager
+    def _device_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except self._torch.cuda.OutOfMemoryError as error:
+            raise UsageError(
+                f"the reference in {self.dtype} does not fit into the memory of {self.device}",
+                found=str(error).partition("\n")[0],
+                fix="--dtype bfloat16, a smaller --ctx, or --device cpu",
+            ) from error
+
     @property
     def model(self) -> Any:
         """The torch module: transformers' Gemma3nForCausalLM, `model.model` its text model, for hooks on its parts."""
@@ -118,7 +126,7 @@ class Reference:
 
         Shapes: a torch tensor `[n_tokens, hidden_size]` of `dtype`, on `device`.
         """
-        with self._torch.no_grad():
+        with self._torch.no_grad(), self._device_memory():
             ids = self._torch.tensor([list(token_ids)], device=self.device)
             return self._model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
@@ -163,7 +171,8 @@ class Reference:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with the begin mark first and special tokens in the text recognized."""
-        return tokenize(self.directory, text)
+        with closing(open_reference(self.directory)) as tokenizer:
+            return tokenizer.encode(text)
 
     def generate(self, prompt: str | Sequence[int], n: int) -> str:
         """At most `n` further tokens, always the most likely one."""
@@ -176,30 +185,24 @@ class Reference:
             top_p=None,
             pad_token_id=0,
         )
-        text: str = _tokenizer(self.directory).decode(made[0, len(ids) :], skip_special_tokens=True)
+        text: str = load_tokenizer(self.directory).decode(made[0, len(ids) :], skip_special_tokens=True)
         return text
 
 
-def tokenize(directory: Path, text: str, *, special: bool = True) -> list[int]:
-    """The checkpoint's own token ids, with the begin mark first and, if `special`, special tokens recognized.
+def check_device(device: str, dtype: str) -> str:
+    """The device that is meant.
 
-    Raises: UsageError: no transformers.
+    Raises: UsageError: no torch or no transformers, no such device or dtype.
     """
-    ids: list[int] = _tokenizer(directory).encode(text, split_special_tokens=not special)
-    return ids
-
-
-def _tokenizer(directory: Path) -> Any:
     try:
-        import transformers
+        import torch
+        import transformers  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "the reference tokenizer cannot be run: no module transformers", fix="pip install 'gguf3n[validate]'"
+            f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
         ) from error
-    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def _device(torch: Any, device: str) -> str:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
     if device not in DEVICES:
         raise UsageError(f"device {device!r}", expected=" or ".join(DEVICES))
     has_cuda = bool(torch.cuda.is_available())

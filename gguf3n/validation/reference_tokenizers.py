@@ -37,8 +37,8 @@ class ReferenceTokenizer(Protocol):
     kind: Tokenizer
     bos_id: int
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with those that the tokenizer adds; special tokens in the text are recognized."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with those that the tokenizer adds; special tokens in it are recognized if `special`."""
         ...
 
     def render(self, chat: Chat) -> str | None:
@@ -84,21 +84,15 @@ class TransformersTokenizer:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        transformers = _transformers()
-        shown = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # tokenizers raises no other class
+        self._tokenizer = load_tokenizer(directory)
+        if self._tokenizer.bos_token_id is None:
             raise TokenizerError(
-                f"{directory}: transformers does not read this tokenizer", found=str(error).partition("\n")[0]
-            ) from error
-        finally:
-            transformers.logging.set_verbosity(shown)
+                f"{directory}: the tokenizer has no begin token", expected="bos_token, as in any Gemma"
+            )
         self.bos_id = int(self._tokenizer.bos_token_id)
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, split_special_tokens=not special)
         return ids
 
     def render(self, chat: Chat) -> str | None:
@@ -134,8 +128,8 @@ class SentencePieceTokenizer:
         self._vocabulary = self._pieces.vocabulary
         self.bos_id = self._vocabulary.special_ids["bos"]
 
-    def encode(self, text: str) -> list[int]:
-        return self._pieces.encode(text)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self._pieces.encode(text, special=special)
 
     def render(self, chat: Chat) -> str | None:
         template = self._vocabulary.chat_templates.get("default")
@@ -182,7 +176,8 @@ class LlamaCppTokenizer:
             raise GGUFError(f"{path}: {Keys.Tokenizer.MODEL} is another tokenizer's", expected=MODEL, found=str(model))
         if twice := next(duplicates(self._subject), None):
             raise GGUFError(f"{path}: a text stands twice in the vocabulary; llama.cpp would abort", found=twice)
-        self.bos_id = self._subject.integer(Keys.Tokenizer.BOS_ID) or 1
+        bos_id = self._subject.integer(Keys.Tokenizer.BOS_ID)
+        self.bos_id = 1 if bos_id is None else bos_id  # llama.cpp's default
         self._model = VocabularyModel(path, with_template=False)
         self._with_template: VocabularyModel | None = None
 
@@ -191,8 +186,8 @@ class LlamaCppTokenizer:
         key = self._subject.gguf.keys.get(name)
         return ADDS[name] if key is None else bool(key.value)
 
-    def encode(self, text: str) -> list[int]:
-        return self._model.tokenize(text)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self._model.tokenize(text, special=special)
 
     def render(self, chat: Chat) -> str | None:
         if not (self._subject.template or "").strip():
@@ -214,6 +209,24 @@ class LlamaCppTokenizer:
         for model in (self._model, self._with_template):
             if model is not None:
                 model.close()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """transformers' tokenizer of a checkpoint; code that comes with one is never run.
+
+    Raises: TokenizerError. UsageError: no transformers.
+    """
+    transformers = _transformers()
+    shown = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises no other class
+        raise TokenizerError(
+            f"{directory}: transformers does not read this tokenizer", found=str(error).partition("\n")[0]
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(shown)
 
 
 def spaced(piece: str) -> str:

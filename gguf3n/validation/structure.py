@@ -202,7 +202,7 @@ def _difference(expected: Any, found: Any) -> str | None:
     if isinstance(expected, str) or isinstance(found, str):
         return None if expected == found else f"expected {_text(expected)}, found {_text(found)}"
     wanted, has = (value if isinstance(value, list | tuple) else [value] for value in (expected, found))
-    if len(wanted) != len(has) and 1 not in (len(wanted), len(has)):
+    if not wanted or not has or (len(wanted) != len(has) and 1 not in (len(wanted), len(has))):
         return f"expected {len(wanted)} items, found {len(has)}"
     n = max(len(wanted), len(has))
     wanted, has = (list(items) * (n if len(items) == 1 else 1) for items in (wanted, has))
@@ -228,8 +228,8 @@ class _Tokens:
     """A vocabulary. `types` and `scores` are empty where they are missing or too few: lint names that."""
 
     texts: list[str]
-    types: NDArray[Any]
-    scores: NDArray[Any]
+    types: NDArray[np.int64]
+    scores: NDArray[np.float32]
 
 
 def _vocabulary(gguf: GGUFFile, expected: Values) -> Iterator[Problem]:
@@ -256,7 +256,8 @@ def _tokens(texts: Sequence[str], types: Any, scores: Any) -> _Tokens:
     n = len(texts)
     arrays = (np.asarray(() if values is None else values)[:n] for values in (types, scores))
     whole = [array if len(array) == n else np.empty(0) for array in arrays]
-    return _Tokens(list(texts), whole[0], whole[1].astype(np.float32))
+    types = np.where(np.isfinite(whole[0]), whole[0], -1).astype(np.int64)  # they may be floats in a faulty file
+    return _Tokens(list(texts), types, whole[1].astype(np.float32))
 
 
 def _lengths(a: _Tokens, b: _Tokens) -> Iterator[Problem]:
@@ -318,8 +319,8 @@ def _types(a: _Tokens, b: _Tokens, same: NDArray[np.bool_]) -> Iterator[Problem]
             return
 
 
-def _type_name(kind: float) -> str:
-    return TokenType(int(kind)).name.lower().replace("_", "-") if int(kind) in KINDS else f"type {int(kind)}"
+def _type_name(kind: int) -> str:
+    return TokenType(kind).name.lower().replace("_", "-") if kind in KINDS else f"type {kind}"
 
 
 def _scores(a: _Tokens, b: _Tokens, merged: NDArray[np.bool_]) -> Iterator[Problem]:

@@ -94,7 +94,7 @@ def check_tokens(path: Path, reference: Path) -> TokensResult:
                         problems.append(outcome)
                 problems = [*_traced(compared, expected, found), *problems]
         except GGUFError as error:
-            problems.append(Problem(Verdict.FAIL, "vocabulary", str(error).replace("\n", ";")))
+            problems.append(Problem(Verdict.FAIL, "vocabulary", error.one_line))
     n_tokens = sum(len(comparison.expected) for comparison in compared)
     return TokensResult(tuple(problems), time.perf_counter() - started, len(compared), n_tokens)
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,15 @@ from gguf3n.formats.gguf_layout import MAGIC
 from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.model import Model
-from gguf3n.validation.logits import check_logits
+from gguf3n.validation.logits import LogitsRun, prepare_logits
 from gguf3n.validation.result import Problem, Stage, StageResult, Verdict, worst
 from gguf3n.validation.structure import check_structure
 from gguf3n.validation.tensors import check_tensors
 from gguf3n.validation.tokens import check_tokens
+
+Result = TypeVar("Result")
+
+SWAPPED = "name the file to be proved as FILE, and what it was made from with --reference"
 
 N_TOKENS = 1024
 """Read by both engines unless told otherwise; half of them are scored."""
@@ -53,20 +58,36 @@ def read_reference(reference: str | Path, *, revision: str | None = None, show_p
     if os.path.isfile(reference):
         if revision is not None:
             raise UsageError(f"--revision is for Hub ids; {reference} is a local path", fix="leave --revision out")
-        return read_gguf(reference)
+        try:
+            return read_gguf(reference)
+        except UsageError as error:
+            raise UsageError(
+                error.what,
+                expected="what FILE was made from: a checkpoint, a Hub id, or a file in F32, F16 or BF16",
+                found=error.found,
+                fix=SWAPPED,
+            ) from error
     return read_source(reference, revision=revision, show_progress=show_progress)
 
 
-def check_extra(reference: Model, stages: Collection[Stage], *, server: str | None = None) -> None:
+def check_extra(
+    reference: Model, stages: Collection[Stage], *, server: str | None = None, is_saved: bool = False
+) -> None:
     """See that the packages are there that the stages need.
+
+    Args:
+        is_saved: the reference's log-probabilities are there already.
 
     Raises: UsageError.
     """
     is_checkpoint = reference.path.is_dir()
+    runs_reference = (Stage.LOGITS,) if not is_saved else ()
+    runs_llama_cpp = (Stage.LOGITS,) if server is None else () if is_checkpoint else runs_reference
     needed: dict[str, Sequence[Stage]] = {
-        "xllamacpp": (Stage.TOKENS,) if server is not None and is_checkpoint else (Stage.TOKENS, Stage.LOGITS),
-        "transformers": (Stage.TOKENS, Stage.LOGITS) if is_checkpoint else (),
-        "torch": (Stage.LOGITS,) if is_checkpoint else (),
+        "xllamacpp": (Stage.TOKENS, *runs_llama_cpp),
+        "transformers": (Stage.TOKENS, *runs_reference) if is_checkpoint else (),
+        "torch": runs_reference if is_checkpoint else (),
+        "psutil": (Stage.LOGITS,),
     }
     for package, users in needed.items():
         lacking = [stage.value for stage in users if stage in stages]
@@ -109,15 +130,15 @@ def validate(
         use_reference: such a file; the reference model is not run.
         imatrix: what the file was quantized with, if it was: its tensors are then judged as sharply as others.
         progress: called with a stage, and how much of it is done and to be done.
-        notice: called with a line on the memory that the logits take, before they start.
+        notice: called with a line on the memory that the logits take, before any stage starts.
 
     Raises: UsageError for options, packages or memory; GGUFError for a path that is not a file; the errors of
         `read_reference`. What is wrong with the file is in the result, never an error.
     """
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     model = reference if isinstance(reference, Model) else read_reference(reference)
-    check_extra(model, stages, server=server)
+    check_extra(model, stages, server=server, is_saved=use_reference is not None)
     quant_weights = None if imatrix is None else _quant_weights(imatrix, model)
 
     def report(stage: Stage) -> Callable[[int, int], None] | None:
@@ -129,23 +150,30 @@ def validate(
             path, model, threads=threads, quant_weights=quant_weights, progress=report(Stage.TENSORS)
         ),
         Stage.TOKENS: lambda: check_tokens(path, model.path),
-        Stage.LOGITS: lambda: check_logits(
-            path,
-            model.path,
-            text=text,
-            n_tokens=n_tokens,
-            n_ctx=n_ctx,
-            server=server,
-            device=device,
-            dtype=dtype,
-            save_reference=None if save_reference is None else Path(save_reference),
-            use_reference=None if use_reference is None else Path(use_reference),
-            threads=threads,
-            force=force,
-            progress=report(Stage.LOGITS),
-            notice=notice,
-        ),
     }
+    if Stage.LOGITS in stages:  # what keeps it from running is said before the others take their time
+        prepared = _result(
+            path,
+            lambda: prepare_logits(
+                path,
+                model.path,
+                text=text,
+                n_tokens=n_tokens,
+                n_ctx=n_ctx,
+                server=server,
+                device=device,
+                dtype=dtype,
+                save_reference=None if save_reference is None else Path(save_reference),
+                use_reference=None if use_reference is None else Path(use_reference),
+                force=force,
+                notice=notice,
+            ),
+        )
+        checks[Stage.LOGITS] = lambda: (
+            prepared.run(threads=threads, progress=report(Stage.LOGITS))
+            if isinstance(prepared, LogitsRun)
+            else prepared
+        )
     return Validation(path, model.origin, {stage: _result(path, checks[stage]) for stage in Stage if stage in stages})
 
 
@@ -154,19 +182,20 @@ def _quant_weights(imatrix: str | Path | ImportanceMatrix, model: Model) -> Mapp
     return match_importance(matrix, model).quant_weights
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """See that there is a GGUF file, before a reference is fetched. Raises: GGUFError."""
     try:
         with open(path, "rb") as file:
             magic = file.read(len(MAGIC))
     except OSError as error:
-        raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
+        raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error), fix=SWAPPED) from error
     if magic != MAGIC:
-        raise GGUFError(f"{path}: not a GGUF file", expected=f"{MAGIC!r} at its start", found=repr(magic))
+        raise GGUFError(f"{path}: not a GGUF file", expected=f"{MAGIC!r} at its start", found=repr(magic), fix=SWAPPED)
 
 
-def _result(path: Path, check: Callable[[], StageResult]) -> StageResult:
+def _result(path: Path, check: Callable[[], Result]) -> Result | StageResult:
     """A file that cannot be read or loaded fails the stage; it is what validation is there to say."""
     try:
         return check()
     except GGUFError as error:
-        return StageResult((Problem(Verdict.FAIL, path.name, str(error).replace("\n", ";")),), 0.0)
+        return StageResult((Problem(Verdict.FAIL, path.name, error.one_line),), 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from gguf3n.errors import GGUFError
+from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor
 from gguf3n.formats.offset_files import OffsetFiles
@@ -111,7 +110,7 @@ class WeightReader:
 
 
 def dequantize_into(blocks: NDArray[np.uint8], qtype: QType, out: Rows) -> None:
-    """Dequantize rows: by llama.cpp's own function where xllamacpp is installed, else by the gguf package.
+    """Dequantize rows: by llama.cpp's own function where xllamacpp has it, else by the gguf package.
 
     Shapes: blocks uint8[n_rows, row_bytes], out float32[n_rows, n_per_row], contiguous.
     Exact: both give the same values.
@@ -129,7 +128,11 @@ def dequantize_into(blocks: NDArray[np.uint8], qtype: QType, out: Rows) -> None:
 
 @functools.cache
 def _has_ggml() -> bool:
-    return importlib.util.find_spec("xllamacpp") is not None
+    try:
+        ggml.library()
+    except (UsageError, OSError, AttributeError):
+        return False
+    return True
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:

@@ -77,8 +77,9 @@ def test_the_legacy_form(tmp_path: Path) -> None:
         legacy({"a": (1, np.ones(8))})[:-4],
         legacy({"a": (1, np.array([np.nan]))}),
         legacy({"a": (1, np.array([-1.0]))}),
+        legacy({"a": (1, np.array([]))}),
     ],
-    ids=["empty", "short", "no entries", "long name", "negative length", "truncated", "nan", "negative"],
+    ids=["empty", "short", "no entries", "long name", "negative length", "truncated", "nan", "negative", "no values"],
 )
 def test_broken_files_are_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "broken.dat"
@@ -92,6 +93,21 @@ def test_a_gguf_without_sums_is_no_importance_matrix(tmp_path: Path) -> None:
     write_imatrix(ImportanceMatrix(path, {}), path)
     with pytest.raises(GGUFError, match="not an importance matrix"):
         read_imatrix(path)
+
+
+def test_a_gguf_with_empty_entries(tmp_path: Path) -> None:
+    path = tmp_path / "i.gguf"
+    for entry in (Entry(np.ones((0, 8), np.float32), np.ones(0, np.float32)), Entry(np.ones((1, 0)), np.ones(1))):
+        write_imatrix(ImportanceMatrix(path, {"a": entry}), path, force=True)
+        with pytest.raises(GGUFError, match="entry 'a'"):
+            read_imatrix(path)
+
+
+def test_sums_too_large_for_float32_are_not_written() -> None:
+    entry = Entry(np.full((1, 4), 3e38, np.float32), np.ones(1, np.float32))
+    imatrix = ImportanceMatrix(Path("large.gguf"), {"a": entry}, chunk_size=64)
+    with pytest.raises(UsageError, match="a sum that float32 does not hold"):
+        merge_imatrices([imatrix, imatrix])
 
 
 def matrix(seed: int = 0, *, chunk_size: int = 64, n: int = 32, name: str = "blk.0.attn_q.weight") -> ImportanceMatrix:

@@ -182,6 +182,17 @@ def test_safetensors_that_are_something_else(edit: Callable[[object], object], t
         open_logprobs(path)
 
 
+@pytest.mark.parametrize("name", ["saved.safetensors", "saved.kld"])
+@pytest.mark.parametrize("token_id", [-1, N_VOCAB])
+def test_token_ids_outside_the_vocabulary(name: str, token_id: int, tmp_path: Path) -> None:
+    path = save(tmp_path / name, rows())
+    first = open_logprobs(path).offset - TOKENS.nbytes
+    data = path.read_bytes()
+    path.write_bytes(data[:first] + struct.pack("<i", token_id) + data[first + 4 :])
+    with pytest.raises(CheckpointError, match=rf"(?s)token ids below 11.*{token_id}"):
+        open_logprobs(path)
+
+
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="not a file of log-probabilities"):

@@ -27,6 +27,11 @@ def test_tokens_beyond_the_pieces(pieces: SentencePieces) -> None:
     assert pieces.encode("<image_soft_token><end_of_audio>", add_special=False) == [1025, 1056]
 
 
+def test_control_tokens_that_are_text(pieces: SentencePieces) -> None:
+    assert 2 not in pieces.encode("a<bos>b", add_special=False, special=False)
+    assert pieces.encode("a<bos>b", special=False)[0] == 2
+
+
 def test_text_between(pieces: SentencePieces) -> None:
     word, tail = pieces.encode("The harbour", add_special=False), pieces.encode(" wakes", add_special=False)
     assert pieces.encode("The harbour<eos> wakes<eos>", add_special=False) == [*word, 1, *tail, 1]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -513,7 +514,7 @@ def test_all_tensors_and_a_wide_line(run: Run, multimodal: Path, monkeypatch: py
 def test_f16_risk(run: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:
     risks = f16_risks(measured)
     code, out = run(multimodal, "--f16-risk")
-    assert code == 0 and plain(out) and f"0 of {len(risks)} convolutions" in out
+    assert code == 0 and plain(out) and f"0 of {len(risks)} convolutions" in out and "overflows at" not in out
     code, out = run(multimodal, "--f16-risk", "--activation-max", risks[3].activation)
     assert code == 0 and plain(out) and f"3 of {len(risks)} convolutions" in out
     assert short_name(risks[0].tensor.name) in out and f"{risks[0].activation:,.0f}" in out
@@ -540,6 +541,14 @@ def test_options_that_cannot_be_used(run: Run, multimodal: Path, tmp_path: Path)
     (tmp_path / "x.svg").write_text("")
     assert run(multimodal, "--plot", tmp_path / "x.svg")[0] == 10
     assert run("someone/some-model:Q4_K_M")[0] == 2
+
+
+def test_no_type_is_cut_off(run: Run, tmp_path: Path) -> None:
+    gguf3n.convert(micro.make(tmp_path / "source"), "Q4_K_M", tmp_path / "x.gguf")
+    code, out = run(tmp_path / "x.gguf")
+    types = Counter(tensor.qtype.name for tensor in open_gguf(tmp_path / "x.gguf").tensors.values())
+    shown = " ".join(out.split("in float16")[0].split())
+    assert code == 0 and plain(out) and all(f"{n} {name}" in shown for name, n in types.items())
 
 
 def test_plot(run: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:

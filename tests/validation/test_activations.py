@@ -17,15 +17,15 @@ from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.validation.activations import (
-    PER_LAYER_TOKEN_EMBD,
-    TOKEN_EMBD,
     Measurement,
     measure_chunks,
     measure_importance,
     read_texts,
 )
-from gguf3n.validation.reference import Reference, tokenize
+from gguf3n.validation.reference import Reference
+from gguf3n.validation.reference_tokenizers import open_reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -99,9 +99,17 @@ def test_14_matrices_a_layer_and_the_tables(measured: list[Measurement]) -> None
     assert measured[-1].sums.keys() >= TABLES
 
 
+def test_a_checkpoint_with_only_tokenizer_model(
+    two_chunks: ImportanceMatrix, make_checkpoint: Callable[..., Path]
+) -> None:
+    """Its tokens are the same: transformers' own reading of such a file has no begin mark."""
+    source = make_checkpoint(tokenizer="model")
+    assert apart(measure_importance(source, [TEXT], n_ctx=SHORT, n_chunks=2, device="cpu"), two_chunks) == 0
+
+
 def test_entries_of_the_tables(tiny_checkpoint: Path, two_chunks: ImportanceMatrix) -> None:
     """An oracle without hooks: the output of the last norm, and gates computed from what went into them."""
-    tokens = tokenize(tiny_checkpoint, TEXT.read_text("utf-8"), special=False)
+    tokens = open_reference(tiny_checkpoint).encode(TEXT.read_text("utf-8"), special=False)
     seen: list[Any] = []
     with Reference(tiny_checkpoint, device="cpu") as reference:
         gate = reference.model.model.layers[3].per_layer_input_gate

@@ -137,6 +137,13 @@ def test_a_text_that_was_ruled_out_is_infinitely_perplexing() -> None:
     assert divergence.candidate_perplexity == math.inf
 
 
+@pytest.mark.parametrize("floor", [None, -16.0])
+def test_two_engines_that_both_fail_do_not_agree(floor: float | None) -> None:
+    broken = np.full(4, math.nan, np.float32)
+    assert math.isnan(measure([broken], [broken], floor=floor).mean)
+    assert math.isnan(measure([broken], [logs(0.5, 0.5, 0.0, 0.0)], floor=floor).mean)
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_what_is_not_a_number_shows(broken: float) -> None:
     divergence = measure([logs(0.5, 0.5)], [np.array([broken, 0.0], np.float32)], [0])

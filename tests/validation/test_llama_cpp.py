@@ -305,6 +305,36 @@ def test_servers_that_cannot_be_used(path: str, message: str, others: str, monke
         list(LlamaServer(f"{others}/{path}").logprobs([2]))
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\n\r\n\xff\xfe{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_answers_is_no_llama_server(answer: bytes) -> None:
+    def serve(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        with pytest.raises(UsageError, match="/health: not a llama-server"):
+            LlamaServer(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port", "http://a b"])
+def test_no_address(url: str) -> None:
+    with pytest.raises(UsageError, match="not a llama-server"):
+        LlamaServer(url)
+
+
 def test_a_key_is_sent(others: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_API_KEY", "sesame")
     with pytest.raises(UsageError, match="does not return the whole vocabulary"):

@@ -261,6 +261,7 @@ def test_verdicts() -> None:
     assert verdicts(divergence(float("nan"))) == [Verdict.FAIL]
     assert verdicts(divergence(float("inf"))) == [Verdict.FAIL]
     assert verdicts(divergence(0.001, 0.89)) == [Verdict.FAIL]
+    assert verdicts(dataclasses.replace(divergence(0.001, 0.5), n_positions=2)) == []  # one position is chance
     (problem,) = judge(divergence(0.0234), QType.Q6_K, limits)
     assert problem.what == "mean 0.0234 nats, expected at most 0.01 for Q6_K"
     (problem,) = judge(divergence(0, 0.5), QType.Q6_K, limits)

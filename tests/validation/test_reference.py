@@ -56,6 +56,18 @@ def test_precision_of_the_weights_shows(expected: np.ndarray, make_checkpoint: C
     assert 0 < difference < 0.1
 
 
+def test_a_device_without_enough_memory(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    model = Reference(tiny_checkpoint, device="cpu")
+    monkeypatch.setattr(model.model.model, "forward", refuse)
+    with pytest.raises(UsageError, match=r"the reference in float32 does not fit into the memory of cpu"):
+        model.run([2, 500])
+
+
 def test_text_in_and_out(tiny_checkpoint: Path) -> None:
     model = Reference(tiny_checkpoint)
     ids = model.tokenize("The harbour<end_of_turn>\n")

@@ -85,6 +85,17 @@ def test_faults(name: str, copy: Path, source: Model) -> None:
     assert result.verdict is (Verdict.WARN if "structure" in fault.warns else Verdict.FAIL)
 
 
+@pytest.mark.parametrize("key", ["gemma3n.rope.freq_base", "gemma3n.attention.sliding_window_pattern"])
+def test_a_key_without_items(key: str, copy: Path, source: Model) -> None:
+    set_key(copy, key, "float32[]", [])
+    assert found(copy, source)[key].endswith(" items, found 0")
+
+
+def test_token_types_that_are_no_numbers(copy: Path, source: Model) -> None:
+    set_key(copy, "tokenizer.ggml.token_type", "float32[]", [float("nan")] * 1088)
+    assert "type -1 found" in found(copy, source)["tokenizer.ggml.token_type"]
+
+
 def test_what_is_said(copy: Path, source: Model) -> None:
     """Expected and found, and where in an array."""
     for name in ("wrong rope base", "wrong sliding pattern", "shared_kv_layers off by one", "wrong sparsity"):

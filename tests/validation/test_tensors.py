@@ -211,6 +211,15 @@ def test_without_xllamacpp_the_result_is_the_same(
     assert [replace(result, seconds=0) for result in before] == [replace(result, seconds=0) for result in after]
 
 
+def test_a_wheel_that_exports_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Windows."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    assert weights._has_ggml()
+    monkeypatch.setattr(xllamacpp, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(weights.ggml, "library", weights.ggml.library.__wrapped__)
+    assert not weights._has_ggml.__wrapped__()
+
+
 def test_progress(source: Model, converted: Mapping[str, Path]) -> None:
     seen: list[tuple[int, int]] = []
     check_tensors(converted["Q8_0"], source, progress=lambda *state: seen.append(state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typer.testing import CliRunner
 
 import gguf3n
 from gguf3n.cli import app
-from gguf3n.errors import GGUFError, UsageError
+from gguf3n.errors import GGUFError, OutputError, UsageError
+from gguf3n.formats.gguf_draft import Draft
+from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
+from gguf3n.formats.gguf_reader import open_part
 from gguf3n.validation.result import Stage, Verdict
 from gguf3n.validation.validate import Validation, validate
 from tests.validation import plant
@@ -148,6 +152,28 @@ def test_against_an_unquantized_gguf(sound: Path, tiny_checkpoint: Path, tmp_pat
     assert validation.verdict is Verdict.PASS, [result.problems for result in validation.stages.values()]
 
 
+def split(path: Path, folder: Path) -> list[Path]:
+    """The two parts of a file."""
+    parts = [folder / f"{path.stem}-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for number, part in enumerate(parts):
+        draft = Draft(open_part(path))
+        half = len(draft.tensors) // 2
+        draft.set(KeyValue("split.no", GGUFValueType.UINT16, number))
+        draft.set(KeyValue("split.count", GGUFValueType.UINT16, 2))
+        draft.set(KeyValue("split.tensors.count", GGUFValueType.INT32, len(draft.tensors)))
+        draft.tensors = draft.tensors[half:] if number else draft.tensors[:half]
+        draft.save(part)
+    return parts
+
+
+def test_any_part_of_split_files(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tiny-BF16.gguf"
+    gguf3n.convert(tiny_checkpoint, "BF16", source)
+    file, reference = split(sound, tmp_path)[1], split(source, tmp_path)[1]
+    validation = validate(file, reference, stages=[TENSORS, LOGITS], n_tokens=64, n_ctx=32, threads=1)
+    assert validation.verdict is Verdict.PASS, [result.problems for result in validation.stages.values()]
+
+
 def test_convert_and_validate(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-q", "Q4_0", "-o", tmp_path, "--validate", "--stages",
                  "structure,tensors", "--json", "--quiet")  # fmt: skip
@@ -165,6 +191,7 @@ def test_convert_and_validate(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["--text", "missing.txt"], "missing.txt"),
         (["--revision", "main"], "--revision is for Hub ids"),
         (["--device", "tpu"], "tpu"),
+        (["--text", __file__, "--use-reference", "x.kld"], "--text with --use-reference"),
     ],
 )
 def test_bad_options(options: list[str], said: str, sound: Path, tiny_checkpoint: Path) -> None:
@@ -180,12 +207,86 @@ def test_validation_options_of_convert(options: list[str], tiny_checkpoint: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_the_reference_of_convert_must_fit(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf3n.validation.memory.available_bytes", lambda: 1)
+    result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-o", tmp_path, "--validate")
+    assert isinstance(result.exception, UsageError)
+    assert "--stages structure,tensors,tokens" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_and_source_swapped(sound: Path, tiny_checkpoint: Path) -> None:
+    for file, source in ((tiny_checkpoint, sound), (sound, sound)):
+        result = run("validate", file, "--reference", source)
+        assert "name the file to be proved as FILE" in str(result.exception)
+        assert "requantize" not in str(result.exception)
+
+
+def test_the_file_is_looked_at_before_a_source_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf3n.cli.validate.read_reference", None)
+    result = run("validate", tmp_path / "none.gguf", "--reference", "org/name")
+    assert isinstance(result.exception, GGUFError)
+
+
+def test_every_file_shows_its_progress(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-q", "F16", "-o", tmp_path, "--validate", "--stages",
+                 "tensors")  # fmt: skip
+    assert result.stderr.count("tensors  100%") == 2
+
+
+@pytest.mark.parametrize("option", ["processors + 2", "a built-in one", "all"])
+def test_help_says_what_is_taken_by_default(option: str) -> None:
+    assert f"[default: ({option})]" in " ".join(run("validate", "--help").stdout.replace("│", " ").split())
+
+
 def test_not_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(GGUFError, match="cannot be read"):
         validate(tmp_path / "none.gguf", tiny_checkpoint)
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(GGUFError, match="not a GGUF file"):
         validate(tmp_path / "text.gguf", tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dtype": "float16"}, UsageError),
+        ({"device": "tpu"}, UsageError),
+        ({"text": "a"}, UsageError),
+        ({"server": "http://127.0.0.1:1"}, UsageError),
+        ({"use_reference": "missing.safetensors"}, UsageError),
+        ({"save_reference": "."}, OutputError),
+    ],
+    ids=str,
+)
+def test_what_keeps_the_logits_from_running_is_said_first(
+    options: dict[str, Any],
+    error: type[Exception],
+    sound: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
+    with pytest.raises(error):
+        validate(sound, tiny_checkpoint, **options)
+
+
+def test_too_little_memory_is_said_first(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
+    monkeypatch.setattr("gguf3n.validation.memory.available_bytes", lambda: 1)
+    with pytest.raises(UsageError, match="not enough memory for the reference"):
+        validate(sound, tiny_checkpoint)
+
+
+def test_a_saved_reference_needs_no_torch(
+    sound: Path, tiny_checkpoint: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    validation = validate(sound, tiny_checkpoint, stages=[LOGITS], use_reference=reference, threads=1)
+    assert validation.verdict is Verdict.PASS
 
 
 def test_without_the_extra(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
