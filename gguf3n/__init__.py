@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gguf3n.conversion import Conversion, convert, plan, read_gguf, read_recipe, read_source, write
+    from gguf3n.engines.activations import measure_importance
     from gguf3n.errors import Gguf3nError
     from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
     from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from gguf3n.planning import Plan
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Recipe, find_recipe
-    from gguf3n.validation.activations import measure_importance
     from gguf3n.validation.report import write_report
     from gguf3n.validation.validate import Validation, validate
 
@@ -75,7 +75,7 @@ _HOMES = {
     "edit": "inspection.edit",
     "find_recipe": "recipes",
     "lint": "inspection.lint",
-    "measure_importance": "validation.activations",
+    "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
     "open_gguf": "formats.gguf_reader",

@@ -39,14 +39,14 @@ from numpy.typing import NDArray
 from train_tiny import HELD_OUT, TRAIN, TRAINING
 
 import gguf3n
+from gguf3n.engines.activations import measure_importance
+from gguf3n.engines.llama_cpp import Engine, open_llama_cpp
+from gguf3n.engines.reference import Reference
 from gguf3n.errors import QuantizationError
 from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
 from gguf3n.recipes import preset_names
 from gguf3n.recipes.library import variant_names
-from gguf3n.validation.activations import measure_importance
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.llama_cpp import Engine, open_llama_cpp
-from gguf3n.validation.reference import Reference
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- quality:begin -->\n", "<!-- quality:end -->\n"

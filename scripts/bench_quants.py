@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS
-from gguf3n.validation import ggml
 
 N_ROWS = 512
 N_PER_ROW = 2048

@@ -30,9 +30,9 @@ import make_checkpoint
 import numpy as np
 
 import gguf3n
+from gguf3n.engines.activations import measure_importance
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.inspection.imatrix_statistics import ImatrixStatistics, imatrix_statistics
-from gguf3n.validation.activations import measure_importance
 
 GOLDEN = make_checkpoint.FIXTURES / "llama_cpp" / "imatrix.json"
 TEXT = make_checkpoint.FIXTURES / "text" / "english.txt"

@@ -29,26 +29,27 @@ BELOW: dict[str, set[str]] = {
     "conversion": {"errors", "formats", "gemma3n", "recipes", "planning", "pipeline"},
     "inspection": {"errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion"},
     "plots": {"errors", "formats"},
+    "engines": {"errors", "formats", "gemma3n", "recipes", "pipeline", "inspection"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "inspection",
-        "plots",
+        "engines", "plots",
     },
     "cli": {
-        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "plots",
-        "validation", "",
+        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
+        "plots", "validation", "",
     },
     "__main__": {"cli"},
-    "": {"conversion", "errors", "formats", "planning", "quants", "recipes", "inspection", "validation"},
+    "": {"conversion", "errors", "formats", "planning", "quants", "recipes", "inspection", "engines", "validation"},
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""
 
 ONLY_IN = {
     "numba": "quants",
     "llvmlite": "quants",
-    "torch": "validation",
-    "transformers": "validation",
-    "xllamacpp": "validation",
-    "psutil": "validation",
+    "torch": "engines",
+    "transformers": "engines",
+    "xllamacpp": "engines",
+    "psutil": "engines",
     "matplotlib": "plots",
     "typer": "cli",
     "rich": "cli",

@@ -11,12 +11,12 @@ import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
 import gguf3n
+from gguf3n.engines.llama_cpp import LlamaCpp
+from gguf3n.engines.reference import Reference
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
 from gguf3n.gemma3n.tensors import Storage
 from gguf3n.quants import QUANTIZERS
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.llama_cpp import LlamaCpp
-from gguf3n.validation.reference import Reference
 
 TOKENS = [2, *np.random.default_rng(1).integers(494, 1020, 31).tolist()]
 

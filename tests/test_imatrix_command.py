@@ -15,9 +15,9 @@ import pytest
 
 import gguf3n.cli
 from gguf3n.cli import imatrix as command
+from gguf3n.engines.activations import Measurement, measure_chunks
 from gguf3n.errors import Interrupted, OutputError, UsageError
 from gguf3n.formats.imatrix import merge_imatrices, read_imatrix, write_imatrix
-from gguf3n.validation.activations import Measurement, measure_chunks
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

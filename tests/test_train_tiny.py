@@ -10,9 +10,9 @@ import train_tiny
 from make_checkpoint import FIXTURES, PUBLISHED
 
 import gguf3n
+from gguf3n.engines.llama_cpp import LlamaCpp
+from gguf3n.engines.reference import Reference
 from gguf3n.validation.divergence import kl_divergence
-from gguf3n.validation.llama_cpp import LlamaCpp
-from gguf3n.validation.reference import Reference
 
 safetensors = pytest.importorskip("safetensors.torch")
 

@@ -16,13 +16,13 @@ from gguf3n.cli import options
 from gguf3n.cli.console import columns, print_json, print_note, steps_bar
 from gguf3n.cli.paint import filled, line_width, paint, printable
 from gguf3n.conversion import read_source
+from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, read_texts
+from gguf3n.engines.reference import check_device
 from gguf3n.errors import Interrupted, UsageError
 from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
-from gguf3n.validation.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, read_texts
-from gguf3n.validation.reference import check_device
 
 SCHEMA = "gguf3n.imatrix/1"
 SAVE_EVERY = 10

@@ -14,10 +14,10 @@ from gguf3n.cli import options
 from gguf3n.cli.console import print_json, print_note, steps_bar
 from gguf3n.cli.lint import finding_json
 from gguf3n.cli.paint import filled, paint
+from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n.model import Model
-from gguf3n.validation.activations import read_texts
 from gguf3n.validation.logits import LogitsResult
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, StageResult, Verdict

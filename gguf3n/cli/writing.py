@@ -11,13 +11,13 @@ import typer
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note, progress_bar, shape_text
 from gguf3n.cli.validate import parse_stages, print_validation, validate_written, validation_json
 from gguf3n.conversion import Conversion, output_paths, plan_all, read_recipe, write
+from gguf3n.engines.memory import check_memory, llama_cpp_need, reference_need
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.imatrix import read_imatrix
 from gguf3n.gemma3n.model import Model
 from gguf3n.planning import Plan
 from gguf3n.recipes import Recipe, find_recipe, override
-from gguf3n.validation.memory import check_memory, llama_cpp_need, reference_need
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, Verdict
 from gguf3n.validation.validate import N_CTX, check_extra

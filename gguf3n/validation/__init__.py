@@ -1,5 +1,4 @@
-"""Is the converted model the same model: two engines and a measure of how far apart they are.
+"""Is a GGUF file what its source says it should be: four stages, a verdict, a report.
 
-`llama_cpp` runs a GGUF file, `reference` runs the checkpoint in transformers, `divergence` compares their next-token
-distributions. The engines are imported only when one is made: neither torch nor llama.cpp is needed to convert.
+`validate` runs the stages, which are `structure`, `tensors`, `tokens` and `logits`; `result` has what they share.
 """

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.engines.distribution import log_softmax
+
 N_LIKELY = 5
 """The tokens that a sampler mostly chooses from."""
 
@@ -104,15 +106,6 @@ def measure(
         reference_perplexity=None if tokens is None else _perplexity(p_costs / n),
         candidate_perplexity=None if tokens is None else _perplexity(q_costs / n),
     )
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log-probabilities of logits, in float64."""
-    shifted = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # an infinite logit makes a row that is no number
-        shifted -= shifted.max()
-    shifted -= np.log(np.exp(shifted).sum())
-    return shifted
 
 
 def _kl_divergence(p_log: NDArray[np.float64], q_log: NDArray[np.float64], floor: float) -> float:

@@ -27,6 +27,11 @@ import numpy as np
 from gguf.constants import Keys
 from numpy.typing import NDArray
 
+from gguf3n.engines.llama_cpp import Engine, LlamaServer
+from gguf3n.engines.llama_process import LlamaProcess
+from gguf3n.engines.memory import check_memory, gigabytes, models_needs
+from gguf3n.engines.reference import Reference, check_device
+from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
@@ -36,11 +41,6 @@ from gguf3n.gemma3n.config import read_config
 from gguf3n.gemma3n.tensors import Storage
 from gguf3n.inspection.subject import Subject
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.llama_cpp import Engine, LlamaServer
-from gguf3n.validation.llama_process import LlamaProcess
-from gguf3n.validation.memory import check_memory, gigabytes, models_needs
-from gguf3n.validation.reference import Reference, check_device
-from gguf3n.validation.reference_tokenizers import open_reference
 from gguf3n.validation.result import Problem, StageResult, Verdict
 from gguf3n.validation.texts import built_in_text
 

@@ -32,6 +32,7 @@ import numpy as np
 from gguf.constants import Keys, TokenType
 from numpy.typing import NDArray
 
+from gguf3n.engines.reference_tokenizers import ADDS
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
 from gguf3n.gemma3n.metadata import ARCH
 from gguf3n.gemma3n.model import Model
@@ -99,13 +100,6 @@ KINDS: Mapping[int, str] = {
     TokenType.UNKNOWN: "whole",
 }
 """How llama.cpp comes to a token of each type: merged from letters, for a byte, or found whole before that."""
-
-ADDS: Mapping[str, bool] = {
-    Keys.Tokenizer.ADD_BOS: True,
-    Keys.Tokenizer.ADD_EOS: False,
-    Keys.Tokenizer.ADD_PREFIX: True,
-}
-"""What llama.cpp's tokenizer adds to a text, and whether it does where the key is missing."""
 
 _BOS = r"(?:\{\{-?\s*bos_token\s*-?\}\}|\{\{-?\s*['\"]<bos>['\"]\s*-?\}\}|<bos>)"
 TWO_BOS = re.compile(rf"\A\s*(?:{_BOS}\s*){{2}}")

@@ -8,18 +8,11 @@ language, so that the beginning is like the whole. The cases are all that a toke
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-
-class Tokenizer(enum.Enum):
-    """Whose tokenizer is the reference."""
-
-    TRANSFORMERS = "transformers"
-    SENTENCEPIECE = "sentencepiece"
-    LLAMA_CPP = "llama.cpp"
+from gguf3n.engines.reference_tokenizers import Chat, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,6 @@ CASES: tuple[Case, ...] = (
 )  # fmt: skip
 """All tokenizers cut these into the same tokens by what they do, but those in `unlike`, and but for a faulty file."""
 
-Chat = Sequence[Mapping[str, str]]
 
 CHATS: Mapping[str, Chat] = {
     "chat": (

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from gguf.constants import Keys
 
+from gguf3n.engines.reference_tokenizers import Chat, LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
 from gguf3n.errors import GGUFError, TokenizerError
-from gguf3n.validation.reference_tokenizers import LlamaCppTokenizer, ReferenceTokenizer, open_reference
 from gguf3n.validation.result import Problem, StageResult, Verdict
-from gguf3n.validation.texts import CASES, CHATS, Case, Chat, Tokenizer, built_in_text
+from gguf3n.validation.texts import CASES, CHATS, Case, built_in_text
 
 ADD_BOS: str = Keys.Tokenizer.ADD_BOS
 ADD_EOS: str = Keys.Tokenizer.ADD_EOS

@@ -12,6 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from gguf3n.engines import ggml
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor
@@ -19,7 +20,6 @@ from gguf3n.formats.offset_files import OffsetFiles
 from gguf3n.formats.source import SourceTensor
 from gguf3n.gemma3n.tensors import MappedTensor
 from gguf3n.pipeline import SourceReader, cut
-from gguf3n.validation import ggml
 from gguf3n.validation.yardsticks import Rows
 
 

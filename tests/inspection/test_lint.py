@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import gguf3n
+from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.errors import GGUFError
 from gguf3n.inspection.lint import CHECKS, Group, Severity, lint
 from gguf3n.inspection.repair import FIXES, repair
-from gguf3n.validation.llama_cpp import LlamaCpp
 from tests.inspection.faults import PLANTS
 
 Planted = Callable[[str], Path]
@@ -114,7 +114,7 @@ def test_llama_cpp_refuses(planted: Planted, check_id: str) -> None:
 
 @pytest.mark.parametrize("check_id", ABORTS)
 def test_llama_cpp_aborts(planted: Planted, check_id: str) -> None:
-    code = "import sys; from gguf3n.validation.llama_cpp import LlamaCpp; LlamaCpp(sys.argv[1]).generate('a', 1)"
+    code = "import sys; from gguf3n.engines.llama_cpp import LlamaCpp; LlamaCpp(sys.argv[1]).generate('a', 1)"
     command = [sys.executable, "-c", code, str(planted(check_id))]
     quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else ggml has a debugger, if there is one, print its stack
     process = subprocess.run(command, capture_output=True, check=False, timeout=120, env=quiet)

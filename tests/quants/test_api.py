@@ -9,10 +9,10 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.errors import QuantizationError
 from gguf3n.quants import QUANTIZERS
 from gguf3n.quants.api import dequantize, quantize
-from gguf3n.validation import ggml
 from tests.quants import inputs
 
 every_type = pytest.mark.parametrize("qtype", QUANTIZERS, ids=lambda qtype: qtype.name)

@@ -9,8 +9,8 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS
-from gguf3n.validation import ggml
 from tests.quants import inputs
 
 PLAIN = [qtype for qtype, quantizer in QUANTIZERS.items() if quantizer.plain is not None]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import floats
-from gguf3n.validation import ggml
 
 EVERY_HALF = np.arange(65536, dtype=np.uint16)
 

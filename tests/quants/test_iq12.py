@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS, codes, ternary, vectors
 from gguf3n.quants.iq1_s import find_ranks
 from gguf3n.quants.lanes import FLAGS
 from gguf3n.quants.lattice import lattice
 from gguf3n.quants.ternary import GROUP, TERMS, Tables, check_codes, find_terms, settle
 from gguf3n.quants.vectors import WIDTH, load, store
-from gguf3n.validation import ggml
 from tests.quants import inputs, oracle_iq12
 from tests.quants.oracle_legacy import F
 

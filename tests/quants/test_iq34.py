@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS, iq4_nl, lattice, lookups, vectors
 from gguf3n.quants.lanes import kernel
-from gguf3n.validation import ggml
 from tests.quants import inputs, oracle_iq34
 from tests.quants.oracle_legacy import F
 

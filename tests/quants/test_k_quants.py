@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS
 from gguf3n.quants.vectors import WIDTH
-from gguf3n.validation import ggml
 from tests.quants import inputs, oracle_k
 
 TYPES = [QType.Q2_K, QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.Q6_K]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS
-from gguf3n.validation import ggml
 from tests.quants import inputs, oracle_legacy
 
 TYPES = [QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1, QType.Q8_0, QType.TQ1_0, QType.TQ2_0]

@@ -9,9 +9,9 @@ import pytest
 from compare_llama_cpp import random_importances
 
 import gguf3n
+from gguf3n.engines.llama_cpp import LlamaCpp
+from gguf3n.engines.reference import Reference
 from gguf3n.validation.divergence import measure
-from gguf3n.validation.llama_cpp import LlamaCpp
-from gguf3n.validation.reference import Reference
 
 TOKENS = [2, *np.random.default_rng(1).integers(494, 1020, 31).tolist()]
 

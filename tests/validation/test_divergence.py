@@ -8,7 +8,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from gguf3n.validation.divergence import Divergence, kl_divergence, log_softmax, measure
+from gguf3n.engines.distribution import log_softmax
+from gguf3n.validation.divergence import Divergence, kl_divergence, measure
 
 
 def logs(*probabilities: float) -> np.ndarray:

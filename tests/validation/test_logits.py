@@ -13,16 +13,17 @@ import pytest
 from gguf.constants import GGMLQuantizationType as QType
 
 import gguf3n
+from gguf3n.engines import memory
+from gguf3n.engines.llama_cpp import LlamaCpp
+from gguf3n.engines.llama_process import LlamaProcess
+from gguf3n.engines.reference import Reference
 from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.logprobs import open_logprobs, write_logprobs
 from gguf3n.gemma3n.model import Model
 from gguf3n.quants import QUANTIZERS
-from gguf3n.validation import logits, memory
+from gguf3n.validation import logits
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.llama_cpp import LlamaCpp
-from gguf3n.validation.llama_process import LlamaProcess
 from gguf3n.validation.logits import LIMITS, Limits, base_qtype, check_logits, judge, limits_for, read_chunks
-from gguf3n.validation.reference import Reference
 from gguf3n.validation.result import Verdict
 from tests.validation.plant_keys import set_key
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 import gguf3n
+from gguf3n.engines.llama_cpp import LlamaCpp
+from gguf3n.engines.reference_tokenizers import LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
+from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
-from gguf3n.validation.llama_cpp import LlamaCpp
-from gguf3n.validation.reference_tokenizers import LlamaCppTokenizer, ReferenceTokenizer, open_reference
 from gguf3n.validation.result import Verdict
-from gguf3n.validation.texts import CASES, CHATS, Case, Tokenizer, built_in_text
+from gguf3n.validation.texts import CASES, CHATS, Case, built_in_text
 from gguf3n.validation.tokens import cases, check_tokens
-from gguf3n.validation.vocabulary_model import VocabularyModel
 from tests.validation.plant_keys import FAULTS, TEMPLATE, TOKENS, change, edit_template, set_key, unset_key
 
 pytest.importorskip("transformers")

@@ -210,7 +210,7 @@ def test_validation_options_of_convert(options: list[str], tiny_checkpoint: Path
 def test_the_reference_of_convert_must_fit(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gguf3n.validation.memory.available_bytes", lambda: 1)
+    monkeypatch.setattr("gguf3n.engines.memory.available_bytes", lambda: 1)
     result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-o", tmp_path, "--validate")
     assert isinstance(result.exception, UsageError)
     assert "--stages structure,tensors,tokens" in str(result.exception)
@@ -275,7 +275,7 @@ def test_what_keeps_the_logits_from_running_is_said_first(
 
 def test_too_little_memory_is_said_first(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
-    monkeypatch.setattr("gguf3n.validation.memory.available_bytes", lambda: 1)
+    monkeypatch.setattr("gguf3n.engines.memory.available_bytes", lambda: 1)
     with pytest.raises(UsageError, match="not enough memory for the reference"):
         validate(sound, tiny_checkpoint)
 

@@ -11,9 +11,8 @@ import psutil
 import pytest
 
 import gguf3n
-from gguf3n.errors import UsageError
-from gguf3n.validation import memory
-from gguf3n.validation.memory import (
+from gguf3n.engines import memory
+from gguf3n.engines.memory import (
     Alternative,
     ModelNeed,
     available_bytes,
@@ -22,10 +21,11 @@ from gguf3n.validation.memory import (
     llama_cpp_need,
     reference_need,
 )
+from gguf3n.errors import UsageError
 
 PEAK = """
 import sys
-from gguf3n.validation.{module} import {name}
+from gguf3n.engines.{module} import {name}
 with {name}(sys.argv[1], {options}) as model:
     for row in model.logprobs([2] + list(range(500, 627)), first=64):
         pass

@@ -18,11 +18,11 @@ from typing import Any
 
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, Keys
 
+from gguf3n.engines.llama_cpp import LlamaCpp, post
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_draft import Draft, DraftTensor
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_reader import GGUFArray, open_gguf, open_part
-from gguf3n.validation.llama_cpp import LlamaCpp, post
 
 ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA]
 WIDTH = 32

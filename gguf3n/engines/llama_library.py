@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.engines.distribution import log_softmax
+from gguf3n.engines.ggml import library
 from gguf3n.errors import GGUFError
-from gguf3n.validation.divergence import log_softmax
-from gguf3n.validation.ggml import library
 
 N_BATCH = 64
 """Tokens that are computed at once; llama.cpp keeps the logits of as many: 67 MB at 262,400 tokens."""

@@ -13,19 +13,19 @@ import pytest
 from compare_imatrix import GOLDEN, N_CHUNKS, N_CTX, TEXT, limit
 
 import gguf3n
-from gguf3n.errors import QuantizationError, SourceError, UsageError
-from gguf3n.formats.checkpoint import read_tensor_table
-from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, write_imatrix
-from gguf3n.gemma3n.importance import match_importance
-from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
-from gguf3n.validation.activations import (
+from gguf3n.engines.activations import (
     Measurement,
     measure_chunks,
     measure_importance,
     read_texts,
 )
-from gguf3n.validation.reference import Reference
-from gguf3n.validation.reference_tokenizers import open_reference
+from gguf3n.engines.reference import Reference
+from gguf3n.engines.reference_tokenizers import open_reference
+from gguf3n.errors import QuantizationError, SourceError, UsageError
+from gguf3n.formats.checkpoint import read_tensor_table
+from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, write_imatrix
+from gguf3n.gemma3n.importance import match_importance
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -230,6 +230,6 @@ def test_memory_is_announced_and_must_suffice(tiny_checkpoint: Path, monkeypatch
     said: list[str] = []
     next(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, device="cpu", notice=said.append))
     assert len(said) == 1 and "float32" in said[0]
-    monkeypatch.setattr("gguf3n.validation.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("gguf3n.engines.memory.available_bytes", lambda: 1000)
     with pytest.raises(UsageError, match="not enough memory"):
         next(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, device="cpu"))

@@ -24,9 +24,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.engines.llama_library import LlamaLibrary, UnknownLayout
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.pipeline import processors
-from gguf3n.validation.llama_library import LlamaLibrary, UnknownLayout
 
 # more than any vocabulary: the server then returns all of it
 _ALL_TOKENS = 1 << 24

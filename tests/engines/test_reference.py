@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gguf3n.engines.reference import HEAD_POSITIONS, Reference
 from gguf3n.errors import ConfigError, UsageError
-from gguf3n.validation.reference import HEAD_POSITIONS, Reference
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

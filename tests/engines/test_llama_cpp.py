@@ -18,11 +18,11 @@ import pytest
 import sentencepiece
 from make_checkpoint import TOKENIZER
 
+from gguf3n.engines import ggml, llama_library, llama_process
+from gguf3n.engines.llama_cpp import LlamaCpp, LlamaServer, open_llama_cpp
+from gguf3n.engines.llama_library import N_BATCH, LlamaLibrary, UnknownLayout, check_parameters
+from gguf3n.engines.llama_process import PROGRAM, LlamaProcess
 from gguf3n.errors import GGUFError, UsageError
-from gguf3n.validation import ggml, llama_library, llama_process
-from gguf3n.validation.llama_cpp import LlamaCpp, LlamaServer, open_llama_cpp
-from gguf3n.validation.llama_library import N_BATCH, LlamaLibrary, UnknownLayout, check_parameters
-from gguf3n.validation.llama_process import PROGRAM, LlamaProcess
 
 pytest.importorskip("xllamacpp")
 

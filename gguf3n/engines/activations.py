@@ -31,13 +31,13 @@ import numpy as np
 from gguf.constants import MODEL_TENSOR
 from numpy.typing import NDArray
 
+from gguf3n.engines.memory import check_memory, reference_need
+from gguf3n.engines.reference import HEAD_POSITIONS, Reference, check_device
+from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
 from gguf3n.gemma3n.tensors import target_name, written_order
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
-from gguf3n.validation.memory import check_memory, reference_need
-from gguf3n.validation.reference import HEAD_POSITIONS, Reference, check_device
-from gguf3n.validation.reference_tokenizers import open_reference
 
 N_CTX = 512
 MIN_CTX = 16

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
-from gguf3n.validation.reference_tokenizers import load_tokenizer, open_reference
 
 # every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses
 _TEXT_NAMES = {r"^(base_model\.model\.)?(model\.language_model|language_model\.model|model)\.": "model."}

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from gguf.constants import Keys
 
+from gguf3n.engines.llama_library import N_BATCH
+from gguf3n.engines.reference import HEAD_POSITIONS, HEAD_ROWS
 from gguf3n.errors import UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
@@ -26,8 +28,6 @@ from gguf3n.gemma3n.config import read_config
 from gguf3n.gemma3n.tensors import Storage, map_tensors
 from gguf3n.inspection.subject import Subject
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD
-from gguf3n.validation.llama_library import N_BATCH
-from gguf3n.validation.reference import HEAD_POSITIONS, HEAD_ROWS
 
 TORCH_BYTES = 650_000_000
 """Of a process that has loaded torch and transformers, and of the activations of 512 tokens."""

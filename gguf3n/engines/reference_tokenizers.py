@@ -8,27 +8,44 @@ GGUF file                                     llama.cpp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import enum
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from gguf.constants import Keys, TokenType
 
+from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.gemma3n.sentencepieces import SentencePieces
 from gguf3n.inspection.checks_vocabulary import duplicates
 from gguf3n.inspection.subject import Subject
-from gguf3n.validation.structure import ADDS
-from gguf3n.validation.texts import Chat, Tokenizer
-from gguf3n.validation.vocabulary_model import VocabularyModel
 
 MODEL = "llama"
 """The tokenizer that llama.cpp runs Gemma's vocabulary with; an SPM."""
 
 WHOLE = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 """Types of the tokens that are found in a text before the rest is merged from letters."""
+
+Chat = Sequence[Mapping[str, str]]
+"""Messages, each with a role and its content."""
+
+ADDS: Mapping[str, bool] = {
+    Keys.Tokenizer.ADD_BOS: True,
+    Keys.Tokenizer.ADD_EOS: False,
+    Keys.Tokenizer.ADD_PREFIX: True,
+}
+"""What llama.cpp's tokenizer adds to a text, and whether it does where the key is missing."""
+
+
+class Tokenizer(enum.Enum):
+    """Whose tokenizer is the reference."""
+
+    TRANSFORMERS = "transformers"
+    SENTENCEPIECE = "sentencepiece"
+    LLAMA_CPP = "llama.cpp"
 
 
 class ReferenceTokenizer(Protocol):

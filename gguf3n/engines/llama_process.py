@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n import errors
+from gguf3n.engines.llama_cpp import open_llama_cpp
 from gguf3n.errors import Gguf3nError, GGUFError
-from gguf3n.validation.llama_cpp import open_llama_cpp
 
 HEADER = struct.Struct("<BQ")
 ROW, READY, FAILED = range(3)
