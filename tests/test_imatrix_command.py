@@ -257,3 +257,10 @@ def test_a_directory_with_the_name_of_a_command(run: Run, tiny_checkpoint: Path,
     (tmp_path / "show").symlink_to(tiny_checkpoint, target_is_directory=True)
     code, _, _ = run("imatrix", "./show", *OPTIONS, "--chunks", "1", "-o", "i.gguf", "--quiet")
     assert code == 0 and (tmp_path / "i.gguf").exists()
+
+
+@pytest.mark.parametrize("arguments", [(".", *OPTIONS), ("merge", "a.gguf", "b.gguf")])
+def test_the_legacy_name_is_not_given_to_the_gguf_form(arguments: tuple[object, ...], run: Run) -> None:
+    code, _, err = run("imatrix", *arguments, "-o", "i.dat")
+    assert code == 2
+    assert "give a name in .gguf" in err

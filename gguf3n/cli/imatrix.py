@@ -83,7 +83,7 @@ def measure(
         raise UsageError(
             f"{source}: a file", expected="a checkpoint directory, or a Hub id", fix="for a GGUF file use llama-imatrix"
         )
-    check_output(output, force=force)
+    _check_output(output, force=force)
     earlier = [read_imatrix(path) for path in merge or ()]
     _check_ctx(earlier, ctx)
     read_texts(text)
@@ -145,6 +145,13 @@ def measure(
     print(f"{seconds:.1f} s")
 
 
+def _check_output(output: Path, *, force: bool) -> None:
+    """See that the file can be written, before any work. Raises: UsageError, OutputError."""
+    if output.suffix == ".dat":
+        raise UsageError(f"{output}: .dat is the name of the legacy form", fix="give a name in .gguf")
+    check_output(output, force=force)
+
+
 def show(
     file: Annotated[Path, typer.Argument(help="An importance matrix, .gguf or .dat.")],
     statistics: Annotated[
@@ -194,7 +201,7 @@ def merge(
     force: options.Force = False,
 ) -> None:
     """Add several importance matrices, as if their texts had been measured together; .dat files become GGUF."""
-    check_output(output, force=force)
+    _check_output(output, force=force)
     merged = merge_imatrices([read_imatrix(path) for path in files], chunk_size=ctx)
     write_imatrix(merged, output, force=force)
     merged = replace(merged, path=output)

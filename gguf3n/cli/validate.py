@@ -68,6 +68,15 @@ def validate(
     wanted = parse_stages(stages)
     if text is not None and use_reference is not None:
         raise UsageError("--text with --use-reference, which brings its own text", fix="leave one of them out")
+    for option, value, stage in (
+        ("--text", text, Stage.LOGITS),
+        ("--server", server, Stage.LOGITS),
+        ("--save-reference", save_reference, Stage.LOGITS),
+        ("--use-reference", use_reference, Stage.LOGITS),
+        ("--imatrix", imatrix, Stage.TENSORS),
+    ):
+        if value is not None and stage not in wanted:
+            raise UsageError(f"{option} without the stage {stage.value}", fix=f"add {stage.value} to --stages")
     if report is not None:
         check_report(report, force=force)
     check_file(file)

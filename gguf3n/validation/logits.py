@@ -195,6 +195,9 @@ def prepare_logits(
     running = None if server is None else LlamaServer(server)
     gguf = open_gguf(path)
     qtype, n_vocab = base_qtype(gguf), _n_tokens(gguf)
+    context = Subject(gguf).integer(Keys.LLM.CONTEXT_LENGTH)
+    if saved is None and context is not None and n_ctx > context:
+        raise UsageError("--ctx is more than the model reads", expected=f"at most {context:,}", found=f"{n_ctx:,}")
     disk = ""
     if saved is None:
         n_reference_tokens = _n_reference_tokens(reference)

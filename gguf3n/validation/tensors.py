@@ -164,6 +164,10 @@ def check_tensors(
             problems.append(Problem(Verdict.FAIL, name, "the source has no such tensor"))
         judge = _Judge(reader, weighted, quant_weights or {})
         outcomes = _compare(pairs, reader, judge, threads or default_threads(), progress)
+        faulty = sum(outcome.fault is not None for outcome in outcomes)
+        if faulty > len(outcomes) / 2:
+            what = f"{faulty} of {len(outcomes)} tensors are not the source's: was the file made from it?"
+            problems.insert(0, Problem(Verdict.FAIL, path.name, what))
         problems += _faults(outcomes, judge, source.tensors)
         problems += _warnings(outcomes)
     errors = [outcome.error for outcome in outcomes if outcome.pair.source.evaluated]

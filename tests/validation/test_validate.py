@@ -191,6 +191,9 @@ def test_convert_and_validate(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["--text", "missing.txt"], "missing.txt"),
         (["--revision", "main"], "--revision is for Hub ids"),
         (["--device", "tpu"], "tpu"),
+        (["--ctx", "5000", "--tokens", "9000"], "--ctx is more than the model reads"),
+        (["--stages", "tensors", "--save-reference", "x.kld"], "--save-reference without the stage logits"),
+        (["--stages", "logits", "--imatrix", "x.gguf"], "--imatrix without the stage tensors"),
         (["--text", __file__, "--use-reference", "x.kld"], "--text with --use-reference"),
     ],
 )
@@ -239,6 +242,12 @@ def test_every_file_shows_its_progress(tiny_checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("option", ["processors + 2", "a built-in one", "all"])
 def test_help_says_what_is_taken_by_default(option: str) -> None:
     assert f"[default: ({option})]" in " ".join(run("validate", "--help").stdout.replace("│", " ").split())
+
+
+def test_another_source(sound: Path, make_checkpoint: Callable[..., Path]) -> None:
+    validation = validate(sound, make_checkpoint(seed=1), stages=[TENSORS])
+    first = validation.stages[TENSORS].problems[0]
+    assert "tensors are not the source's: was the file made from it?" in first.what
 
 
 def test_not_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
