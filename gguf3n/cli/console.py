@@ -122,7 +122,7 @@ def _progress_lines() -> Callable[[Progress], None]:
         rate = state.done_bytes / max(state.seconds, 1e-9)
         left = (state.total_bytes - state.done_bytes) / max(rate, 1e-9)
         print(
-            f"{share:4.0%}  {human_bytes(state.done_bytes)} of {human_bytes(state.total_bytes)}  "
+            f"{math.floor(100 * share):3d}%  {human_bytes(state.done_bytes)} of {human_bytes(state.total_bytes)}  "
             f"{human_bytes(rate)}/s  {left:.0f} s left",
             file=sys.stderr,
             flush=True,
@@ -181,6 +181,6 @@ def _step_lines() -> Callable[[str, int, int], None]:
         printed[step] = (share, started)
         seconds = time.monotonic() - started
         left = f"  {seconds / share - seconds:.0f} s left" if share < 1 else f"  {seconds:.0f} s"
-        print(f"{step}  {share:4.0%}{left}", file=sys.stderr, flush=True)
+        print(f"{step}  {math.floor(100 * share):3d}%{left}", file=sys.stderr, flush=True)
 
     return update

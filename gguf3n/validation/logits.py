@@ -194,6 +194,9 @@ def prepare_logits(
         check_output(save_reference, force=force)
     running = None if server is None else LlamaServer(server)
     gguf = open_gguf(path)
+    made_with = None if saved is None else saved.metadata.get("reference")
+    if notice is not None and made_with not in (None, str(reference)):
+        notice(f"{use_reference} was made with {made_with}")
     qtype, n_vocab = base_qtype(gguf), _n_tokens(gguf)
     context = Subject(gguf).integer(Keys.LLM.CONTEXT_LENGTH)
     if saved is None and context is not None and n_ctx > context:

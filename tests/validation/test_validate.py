@@ -250,6 +250,12 @@ def test_another_source(sound: Path, make_checkpoint: Callable[..., Path]) -> No
     assert "tensors are not the source's: was the file made from it?" in first.what
 
 
+def test_whose_log_probabilities(sound: Path, make_checkpoint: Callable[..., Path], reference: Path) -> None:
+    told: list[str] = []
+    validate(sound, make_checkpoint(dtype="f32"), stages=[LOGITS], use_reference=reference, notice=told.append)
+    assert told[0].startswith(f"{reference} was made with ")
+
+
 def test_not_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(GGUFError, match="cannot be read"):
         validate(tmp_path / "none.gguf", tiny_checkpoint)
