@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,18 +108,7 @@ class SourceReader:
     def read(self, source: SourceTensor, first_row: int, raw: np.ndarray) -> None:
         """Fill a buffer with the bytes of consecutive rows. Raises: CheckpointError."""
         offset = source.offset + first_row * source.row_bytes
-        try:
-            n = self.files.read_into(source.path, offset, raw)
-        except OSError as error:
-            raise CheckpointError(
-                f"{source.path}: tensor {source.name!r} cannot be read", found=error.strerror or str(error)
-            ) from error
-        if n != len(raw):
-            raise CheckpointError(
-                f"{source.path}: the file became shorter while tensor {source.name!r} was read",
-                expected=f"{len(raw):,} bytes at {offset:,}",
-                found=f"{n:,} bytes",
-            )
+        self.files.fill(source.path, offset, raw, tensor=source.name, error=CheckpointError)
 
     def widen(self, dtype: str, raw: np.ndarray, values: np.ndarray) -> float:
         """Source bytes to float32; the largest magnitude, infinite or NaN where a value is not finite."""
@@ -166,27 +155,37 @@ def run(
             writers = [stack.enter_context(GGUFWriter(path, plan.layout, force=force)) for plan, path in outputs]
             work = _Work(plans, writers, stop, chunk_weights)
             stack.callback(work.close)
-            pool = stack.enter_context(ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="gguf3n"))
-            stack.callback(stop.set)  # runs before the pool waits for its workers
-            workers = [pool.submit(work.loop) for _ in range(threads or default_threads())]
-            _watch(workers, work, started, progress)
+
+            def report() -> None:
+                if progress is not None:
+                    progress(Progress(work.done_bytes, work.total_bytes, time.monotonic() - started))
+
+            run_workers(work.loop, threads or default_threads(), stop, report)
             for writer in writers:
                 writer.commit()
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
 
 
-def _watch(
-    workers: Sequence[Future[None]], work: _Work, started: float, progress: Callable[[Progress], None] | None
-) -> None:
-    """Report progress until every worker is done or one has failed; raises its error."""
-    pending = set(workers)
-    while pending:
-        done, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
-        for worker in done:
-            worker.result()
-        if progress is not None:
-            progress(Progress(work.done_bytes, work.total_bytes, time.monotonic() - started))
+def run_workers(loop: Callable[[], None], threads: int, stop: threading.Event, report: Callable[[], None]) -> None:
+    """Run a loop in each of some threads until all have ended or one has failed.
+
+    Args:
+        stop: set when it is over, however it ends; loops look at it.
+        report: called from the calling thread about ten times a second, and at the end.
+
+    Raises: what a loop raises; KeyboardInterrupt.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="gguf3n") as pool:
+        try:
+            pending = {pool.submit(loop) for _ in range(threads)}
+            while pending:
+                done, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
+                for worker in done:
+                    worker.result()
+                report()
+        finally:
+            stop.set()  # before the pool waits for its workers
 
 
 class _Work:

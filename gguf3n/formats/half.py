@@ -38,7 +38,7 @@ def fits_f16(tensor: SourceTensor) -> bool:
             n_read = files.read_into(tensor.path, tensor.offset + first * tensor.row_bytes, raw)
             if n_read < len(raw):
                 return True  # the pipeline says what is wrong with the file
-            if not rows_fit(_widened(raw, tensor.dtype).reshape(count, n_per_row), exact=tensor.dtype == "BF16"):
+            if not rows_fit(widened(raw, tensor.dtype).reshape(count, n_per_row), exact=tensor.dtype == "BF16"):
                 return False
     except OSError:
         return True
@@ -68,7 +68,12 @@ def rows_fit(rows: NDArray[np.float32], *, exact: bool) -> bool:
     return bool((error_squares <= MAX_ROW_ERROR**2 * squares).all())
 
 
-def _widened(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    if dtype == "F32":
-        return raw.view(np.float32)
-    return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+def widened(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Bytes of a dtype of FLOAT_DTYPES as float32 values."""
+    match dtype:
+        case "F32":
+            return raw.view("<f4")
+        case "F16":
+            return raw.view("<f2").astype(np.float32)
+        case _:
+            return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)

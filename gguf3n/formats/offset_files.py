@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf3n.errors import Gguf3nError
+
 
 class OffsetFiles:
     """A handle a thread and file, opened on first use.
@@ -48,6 +50,22 @@ class OffsetFiles:
                 break
             done += n
         return done
+
+    def fill(self, path: Path, offset: int, buffer: np.ndarray, *, tensor: str, error: type[Gguf3nError]) -> None:
+        """Fill a contiguous buffer with some of a tensor's bytes.
+
+        Raises: `error`, where they cannot be read, or the file has become shorter since its header was.
+        """
+        try:
+            n = self.read_into(path, offset, buffer)
+        except OSError as cause:
+            raise error(f"{path}: tensor {tensor!r} cannot be read", found=cause.strerror or str(cause)) from cause
+        if n != buffer.nbytes:
+            raise error(
+                f"{path}: the file became shorter while tensor {tensor!r} was read",
+                expected=f"{buffer.nbytes:,} bytes at {offset:,}",
+                found=f"{n:,} bytes",
+            )
 
     def write_at(self, path: Path, offset: int, data: np.ndarray) -> None:
         """Write a contiguous buffer at a file offset."""

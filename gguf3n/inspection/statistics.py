@@ -22,8 +22,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -38,12 +37,12 @@ from gguf3n.formats.byte_source import is_remote
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
-from gguf3n.formats.half import F16_MAX, F16_TINY
+from gguf3n.formats.half import F16_MAX, F16_TINY, widened
 from gguf3n.formats.hub import fetch_checkpoint, is_repo_id
 from gguf3n.formats.offset_files import OffsetFiles
 from gguf3n.formats.source import DTYPE_BYTES, FLOAT_DTYPES, SourceTensor
 from gguf3n.inspection.network import Kind, Place, kind, place
-from gguf3n.pipeline import PROGRESS_SECONDS, default_threads
+from gguf3n.pipeline import default_threads, run_workers
 
 HISTOGRAM_WEIGHTS = 1 << 18
 """Of one chunk of a 16-bit type.
@@ -288,7 +287,13 @@ def measure_statistics(
         else:
             skipped.append(Skipped(tensor.name, tensor.dtype, tensor.shape, reason))
     work = _Work(readable, error)
-    _run(work, threads or default_threads(), progress)
+
+    def report() -> None:
+        if progress is not None:
+            progress(work.done_bytes, work.total_bytes)
+
+    with closing(work.files):
+        run_workers(work.loop, threads or default_threads(), work.stop, report)
     return Statistics(origin, tuple(work.results[i] for i in range(len(readable))), tuple(skipped))
 
 
@@ -334,20 +339,6 @@ def _unreadable(dtype: str) -> str | None:
     except NotImplementedError:
         return "a type that can't be dequantized here"
     return None
-
-
-def _run(work: _Work, threads: int, progress: Callable[[int, int], None] | None) -> None:
-    with ExitStack() as stack:
-        stack.callback(work.files.close)
-        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="gguf3n"))
-        stack.callback(work.stop.set)  # runs before the pool waits for its workers
-        pending = {pool.submit(work.loop) for _ in range(threads)}
-        while pending:
-            done, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
-            for worker in done:
-                worker.result()
-            if progress is not None:
-                progress(work.done_bytes, work.total_bytes)
 
 
 @dataclass(frozen=True)
@@ -412,7 +403,8 @@ class _Work:
     def _look(self, chunk: _Chunk) -> None:
         tensor = self.tensors[chunk.tensor]
         pending = self._pending[chunk.tensor]
-        raw = self._read(tensor, chunk)
+        raw = np.empty(chunk.n_bytes, np.uint8)
+        self.files.fill(tensor.path, tensor.offset + chunk.start, raw, tensor=tensor.name, error=self.error)
         counts = part = None
         largest_sum = 0.0
         if kind(tensor.name, tensor.shape) is Kind.CONVOLUTION:
@@ -433,17 +425,6 @@ class _Work:
         if complete:
             self._finish(chunk.tensor)
 
-    def _read(self, tensor: SourceTensor, chunk: _Chunk) -> NDArray[np.uint8]:
-        raw = np.empty(chunk.n_bytes, np.uint8)
-        try:
-            n_read = self.files.read_into(tensor.path, tensor.offset + chunk.start, raw)
-        except OSError as error:
-            what = f"{tensor.path}: tensor {tensor.name!r} cannot be read"
-            raise self.error(what, found=error.strerror or str(error)) from error
-        if n_read != chunk.n_bytes:
-            raise self.error(f"{tensor.path}: the file became shorter while tensor {tensor.name!r} was read")
-        return raw
-
     def _finish(self, index: int) -> None:
         """The statistics of a tensor of which all chunks are there; what they were made of is dropped."""
         tensor, pending = self.tensors[index], self._pending.pop(index)
@@ -460,12 +441,8 @@ class _Work:
 
 def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     """The float32 values of whole blocks."""
-    if dtype == "F32":
-        return raw.view("<f4")
-    if dtype == "F16":
-        return raw.view("<f2").astype(np.float32)
-    if dtype == "BF16":
-        return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype in FLOAT_DTYPES:
+        return widened(raw, dtype)
     with np.errstate(all="ignore"):  # scales that are not finite
         values: NDArray[np.float32] = dequantize(raw.reshape(1, -1), QType[dtype]).reshape(-1)
     return values

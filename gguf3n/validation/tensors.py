@@ -18,7 +18,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
 from gguf3n.gemma3n.model import Model
 from gguf3n.gemma3n.tensors import MappedTensor
-from gguf3n.pipeline import CHUNK_WEIGHTS, PROGRESS_SECONDS, Chunk, cut, default_threads
+from gguf3n.pipeline import CHUNK_WEIGHTS, Chunk, cut, default_threads, run_workers
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.validation.bands import BANDS, HOLDS, MARGIN, Spread, expected_error, limits
 from gguf3n.validation.diagnosis import MAX_ROWS, Suspect, diagnose
@@ -282,19 +281,15 @@ def _compare(
 ) -> list[_Outcome]:
     """All tensors, in the order of the source."""
     work = _Work(pairs, reader, judge)
-    with ThreadPoolExecutor(threads, thread_name_prefix="gguf3n") as pool:
-        pending = {pool.submit(work.loop) for _ in range(threads)}
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
-                for worker in done:
-                    worker.result()
-                if progress is not None:
-                    progress(work.done_weights, work.total_weights)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted") from None
-        finally:
-            work.stop.set()
+
+    def report() -> None:
+        if progress is not None:
+            progress(work.done_weights, work.total_weights)
+
+    try:
+        run_workers(work.loop, threads, work.stop, report)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
     return [work.outcomes[index] for index in range(len(pairs))]
 
 

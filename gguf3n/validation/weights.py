@@ -83,13 +83,8 @@ class WeightReader:
 
     def file_bytes(self, pair: Pair, first_row: int, out: NDArray[np.uint8]) -> None:
         """The bytes of consecutive rows. Raises: GGUFError."""
-        path = self.paths[pair.found.part]
-        try:
-            n = self.files.read_into(path, pair.found.offset + first_row * pair.row_bytes, out)
-        except OSError as error:
-            raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
-        if n != out.nbytes:
-            raise GGUFError(f"{path}: became shorter while tensor {pair.name!r} was read")
+        offset = pair.found.offset + first_row * pair.row_bytes
+        self.files.fill(self.paths[pair.found.part], offset, out, tensor=pair.name, error=GGUFError)
 
     def blocks(self, pair: Pair, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """These rows as they are in the file. Shapes: [n_rows, row_bytes]."""
