@@ -18,13 +18,13 @@ from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n.model import Model
-from gguf3n.validation.logits import LogitsResult
+from gguf3n.validation.logits import N_CTX, N_TOKENS, LogitsResult
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, StageResult, Verdict
 from gguf3n.validation.structure import StructureResult
 from gguf3n.validation.tensors import TensorError, TensorsResult
 from gguf3n.validation.tokens import TokensResult
-from gguf3n.validation.validate import N_CTX, N_TOKENS, Validation, check_file, read_reference
+from gguf3n.validation.validate import Validation, check_file, read_reference
 from gguf3n.validation.validate import validate as run_validation
 
 SCHEMA = "gguf3n.validate/1"

@@ -11,16 +11,14 @@ import typer
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note, progress_bar, shape_text
 from gguf3n.cli.validate import parse_stages, print_validation, validate_written, validation_json
 from gguf3n.conversion import Conversion, output_paths, plan_all, read_recipe, write
-from gguf3n.engines.memory import check_memory, llama_cpp_need, reference_need
 from gguf3n.errors import FindingsError, UsageError
-from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.imatrix import read_imatrix
 from gguf3n.gemma3n.model import Model
 from gguf3n.planning import Plan
 from gguf3n.recipes import Recipe, find_recipe, override
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, Verdict
-from gguf3n.validation.validate import N_CTX, check_extra
+from gguf3n.validation.validate import check_extra, check_fits
 
 
 def wanted_recipes(
@@ -70,7 +68,7 @@ def write_or_show(
     """
     check_extra(model, stages)
     if Stage.LOGITS in stages:
-        _check_memory(model)
+        check_fits(model)
     if report is not None:
         if len(recipes) > 1:
             raise UsageError(f"one report for {len(recipes)} files", fix="validate them one by one")
@@ -111,21 +109,6 @@ def write_or_show(
             print_validation(validation)
     if any(validation.verdict is Verdict.FAIL for validation in validations):
         raise typer.Exit(FindingsError.exit_code)
-
-
-def _check_memory(model: Model) -> None:
-    """See that the reference fits, before the files are written. Raises: UsageError."""
-    is_checkpoint = model.path.is_dir()
-    need = reference_need(model.path, "float32") if is_checkpoint else llama_cpp_need(open_gguf(model.path), N_CTX)
-    try:
-        check_memory((need,))
-    except UsageError as error:
-        raise UsageError(
-            error.what,
-            expected=error.expected,
-            found=error.found,
-            fix="--stages structure,tensors,tokens, and for the logits gguf3n validate, with --dtype bfloat16",
-        ) from error
 
 
 def wanted_stages(validate: bool, stages: str | None, report: Path | None, *, dry_run: bool) -> tuple[Stage, ...]:

@@ -44,6 +44,10 @@ from gguf3n.validation.divergence import Divergence, measure
 from gguf3n.validation.result import Problem, StageResult, Verdict
 from gguf3n.validation.texts import built_in_text
 
+N_TOKENS = 1024
+"""Read by both engines unless told otherwise; half of them are scored."""
+N_CTX = 512
+
 MIN_CTX = 4
 """A chunk that has a second half."""
 
@@ -159,8 +163,8 @@ def prepare_logits(
     reference: Path,
     *,
     text: str | None = None,
-    n_tokens: int = 1024,
-    n_ctx: int = 512,
+    n_tokens: int = N_TOKENS,
+    n_ctx: int = N_CTX,
     server: str | None = None,
     device: str = "auto",
     dtype: str = "float32",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.conversion import read_gguf, read_source
+from gguf3n.engines.memory import SMALLER_STAGES, Alternative, check_memory, llama_cpp_need, reference_need
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC
+from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.model import Model
-from gguf3n.validation.logits import LogitsRun, prepare_logits
+from gguf3n.validation.logits import N_CTX, N_TOKENS, LogitsRun, prepare_logits
 from gguf3n.validation.result import Problem, Stage, StageResult, Verdict, worst
 from gguf3n.validation.structure import check_structure
 from gguf3n.validation.tensors import check_tensors
@@ -32,9 +34,8 @@ Result = TypeVar("Result")
 
 SWAPPED = "name the file to be proved as FILE, and what it was made from with --reference"
 
-N_TOKENS = 1024
-"""Read by both engines unless told otherwise; half of them are scored."""
-N_CTX = 512
+LATER = Alternative(f"{SMALLER_STAGES}, and for the logits gguf3n validate, with --dtype bfloat16")
+"""Where a file is still to be written and validated."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,18 @@ def check_extra(
                 f"{' and '.join(lacking)} cannot be validated: {package} is not installed",
                 fix="pip install 'gguf3n[validate]', or --stages structure,tensors",
             )
+
+
+def check_fits(reference: Model) -> None:
+    """See that the reference fits as `validate` runs it by default, before a file is written to be held against it.
+
+    Raises: UsageError.
+    """
+    if reference.path.is_dir():
+        need = reference_need(reference.path, "float32")
+    else:
+        need = llama_cpp_need(open_gguf(reference.path), N_CTX)
+    check_memory([replace(need, alternatives=(LATER,))])
 
 
 def validate(
