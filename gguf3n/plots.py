@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import UsageError
-from gguf3n.formats.gguf_writer import check_output, output_error
+from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.half import F16_MAX
+from gguf3n.formats.whole_file import write_whole
 
 SUFFIXES = (".png", ".svg")
 
@@ -128,10 +129,7 @@ def write_statistics_plot(
         _draw_sections(panels[0], magnitudes)
         _place_numbers(panels[0], numbers)
         data = _rendered(figure, path.suffix.lower()[1:])
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise output_error(path, error) from error
+    write_whole(path, data, force=force)
 
 
 def error_svg(errors: Sequence[LayerError]) -> str:

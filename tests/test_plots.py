@@ -16,6 +16,7 @@ import pytest
 
 from gguf3n import plots
 from gguf3n.errors import OutputError, UsageError
+from gguf3n.formats.whole_file import WholeFile
 from gguf3n.inspection.network import kind, place, short_name
 from gguf3n.plots import KINDS, LayerError, Magnitude, error_svg, write_statistics_plot
 
@@ -228,3 +229,17 @@ def test_pyplot_and_its_windows_stay_away() -> None:
         "p.error_svg([p.LayerError('a', 0, 1.0)]); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = WholeFile.write
+
+    def run_full(whole: WholeFile, data: bytes) -> None:
+        write(whole, data[:100])
+        raise OutputError("the disk is full")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(WholeFile, "write", run_full)
+    with pytest.raises(OutputError, match="full"):
+        write_statistics_plot(tmp_path / "out" / "x.svg", network()[:5], title="x")
+    assert not list((tmp_path / "out").iterdir())

@@ -54,3 +54,9 @@ class WholeFile:
             self.n_written += self._file.write(data)
         except OSError as error:
             raise output_error(self.path, error) from error
+
+
+def write_whole(path: Path, data: bytes, *, force: bool) -> None:
+    """Write a file at once. Raises: OutputError, and then no part of it stands under its name."""
+    with WholeFile(path, force=force, n_bytes=len(data)) as file:
+        file.write(data)

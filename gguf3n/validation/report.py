@@ -25,8 +25,9 @@ from gguf.constants import Keys
 
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
-from gguf3n.formats.gguf_writer import check_output, output_error
+from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.hub import is_repo_id
+from gguf3n.formats.whole_file import write_whole
 from gguf3n.inspection.lint import Severity
 from gguf3n.inspection.summary import file_type_name
 from gguf3n.plots import LayerError, check_matplotlib, error_svg
@@ -160,10 +161,7 @@ def write_report(
     check_report(path, force=force)
     is_html = path.suffix.lower() == ".html"
     page = document(validation, command=command, now=now, with_pictures=is_html)
-    try:
-        path.write_text(as_html(page) if is_html else as_markdown(page), "utf-8")
-    except OSError as error:
-        raise output_error(path, error) from error
+    write_whole(path, (as_html(page) if is_html else as_markdown(page)).encode(), force=force)
 
 
 def document(

@@ -19,6 +19,7 @@ import gguf3n
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_writer import lay_out
+from gguf3n.formats.whole_file import WholeFile
 from gguf3n.inspection import lint
 from gguf3n.validation import report
 from gguf3n.validation.divergence import Divergence
@@ -290,3 +291,17 @@ def test_reports_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch:
     check_report(tmp_path / "y.md", force=False)
     with pytest.raises(UsageError, match=r"gguf3n\[plot\]"):
         check_report(tmp_path / "y.html", force=False)
+
+
+def test_a_full_disk_leaves_no_half_page(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = WholeFile.write
+
+    def run_full(whole: WholeFile, data: bytes) -> None:
+        write(whole, data[:100])
+        raise OutputError("the disk is full")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(WholeFile, "write", run_full)
+    with pytest.raises(OutputError, match="full"):
+        write_report(validation(file), tmp_path / "out" / "x.md", now=NOW)
+    assert not list((tmp_path / "out").iterdir())
