@@ -12,10 +12,10 @@ from gguf.constants import Keys, LlamaFileType
 
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import open_gguf
-from gguf3n.formats.gguf_writer import check_output, check_space, make_directory
 from gguf3n.formats.half import fits_f16
 from gguf3n.formats.hub import fetch_checkpoint, fetch_tensor_table, is_repo_id
 from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
+from gguf3n.formats.whole_file import check_output, check_space, make_directory
 from gguf3n.gemma3n.gguf_source import read_gguf_source
 from gguf3n.gemma3n.gguf_types import types_by_storage
 from gguf3n.gemma3n.importance import Importance, match_importance

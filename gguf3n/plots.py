@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import UsageError
-from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.half import F16_MAX
-from gguf3n.formats.whole_file import write_whole
+from gguf3n.formats.whole_file import check_output, write_whole
 
 SUFFIXES = (".png", ".svg")
 

@@ -15,6 +15,7 @@ from gguf3n.cli.paint import cut, line_width, paint
 from gguf3n.cli.repair import HOW, WOULD
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.gguf_reader import open_part
+from gguf3n.formats.whole_file import write_whole
 from gguf3n.inspection.edit import Edit, guessed_type, parse_value, type_of
 from gguf3n.inspection.edit import edit as run_edit
 
@@ -63,7 +64,7 @@ def edit(
     result = run_edit(file, operations, output=output, dry_run=True)
     if not dry_run:
         if undo_file is not None:
-            _write_undo(undo_file, result)
+            write_whole(undo_file, json_format.dumps(result.undo, indent=1), force=False)
         result = run_edit(file, operations, output=output)
     if json:
         print_json(_as_json(result, dry_run=dry_run))
@@ -106,13 +107,6 @@ def _read_operations(path: Path) -> list[dict[str, Any]]:
     if not isinstance(operations, list) or not all(isinstance(operation, dict) for operation in operations):
         raise UsageError(f"{path}: not a list of operations")
     return operations
-
-
-def _write_undo(path: Path, result: Edit) -> None:
-    try:
-        path.write_text(json_format.dumps(result.undo, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written", found=error.strerror) from error
 
 
 def _as_json(result: Edit, *, dry_run: bool) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from gguf3n.conversion import read_source
 from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, read_texts
 from gguf3n.engines.reference import check_device
 from gguf3n.errors import Interrupted, UsageError
-from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
+from gguf3n.formats.whole_file import check_output
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
 

@@ -10,7 +10,7 @@ import typer
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note
 from gguf3n.conversion import read_recipe
-from gguf3n.errors import OutputError
+from gguf3n.formats.whole_file import write_whole
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.planning import Estimate, estimate
 from gguf3n.recipes import Recipe, find_recipe, format_recipe, preset_names, variant_names
@@ -68,12 +68,7 @@ def extract(
     if output is None:
         print(text, end="")
         return
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", fix="add --force to replace it or choose another name with -o")
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written", found=error.strerror or str(error)) from error
+    write_whole(output, text, force=force)
 
 
 def _estimates(recipe: Recipe) -> dict[str, Estimate]:

@@ -22,7 +22,8 @@ from gguf3n.errors import GGUFError, OutputError
 from gguf3n.formats.byte_source import HeaderInMemory
 from gguf3n.formats.gguf_layout import ALIGNMENT, MAGIC, GGUFValueType, KeyValue, QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, read_header
-from gguf3n.formats.gguf_writer import GGUFWriter, Layout, output_error, pack_string, pack_value
+from gguf3n.formats.gguf_writer import GGUFWriter, Layout, pack_string, pack_value
+from gguf3n.formats.whole_file import output_error
 
 COPY_BYTES = 1 << 22
 SECTOR_BYTES = 512

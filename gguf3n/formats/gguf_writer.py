@@ -6,11 +6,7 @@ its final one and is renamed when it is complete; whatever goes wrong before lea
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from gguf3n.errors import OutputError
 from gguf3n.formats.gguf_layout import (
     MAGIC,
     SCALAR_CODES,
@@ -30,6 +25,7 @@ from gguf3n.formats.gguf_layout import (
     tensor_bytes,
 )
 from gguf3n.formats.offset_files import OffsetFiles
+from gguf3n.formats.whole_file import WholeFile, output_error
 
 
 @dataclass(frozen=True)
@@ -120,113 +116,31 @@ class GGUFWriter:
         self.layout = layout
         self.force = force
         self.durable = durable
-        self._temporary: Path | None = None
         self._files = OffsetFiles("r+")
 
     def __enter__(self) -> GGUFWriter:
-        check_output(self.path, force=self.force)
-        check_space(self.path, self.layout.total_bytes)
+        self._file = WholeFile(self.path, force=self.force, n_bytes=self.layout.total_bytes, durable=self.durable)
         try:
-            descriptor, self._temporary = make_temporary(self.path)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(self.layout.header)
-                file.truncate(self.layout.total_bytes)
-        except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError):
-                raise output_error(self.path, error) from error
+            self._file.write(self.layout.header)
+            self._file.truncate(self.layout.total_bytes)
+            self._file.close()
+        except BaseException:
+            self._file.discard()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._discard()
+        self._files.close()
+        self._file.discard()
 
     def write_at(self, offset: int, data: np.ndarray) -> None:
         """Write bytes at a file offset. Shapes: uint8, contiguous."""
-        assert self._temporary is not None
         try:
-            self._files.write_at(self._temporary, offset, data)
+            self._files.write_at(self._file.temporary, offset, data)
         except OSError as error:
             raise output_error(self.path, error) from error
 
     def commit(self) -> None:
         """Give the complete file its final name."""
-        assert self._temporary is not None
         self._files.close()
-        check_output(self.path, force=self.force)
-        try:
-            if self.durable:
-                with open(self._temporary, "r+b") as file:
-                    os.fsync(file.fileno())
-            give_name(self._temporary, self.path)
-        except OSError as error:
-            raise output_error(self.path, error) from error
-        self._temporary = None
-
-    def _discard(self) -> None:
-        self._files.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
-            self._temporary = None
-
-
-def make_temporary(path: Path) -> tuple[int, Path]:
-    """A descriptor and the name of a new file beside the final one."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    return descriptor, Path(name)
-
-
-def give_name(temporary: Path, path: Path) -> None:
-    """Give a complete file its final name, and the rights of any new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600
-    os.replace(temporary, path)
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse an output that can't be written, before any work is done."""
-    if os.path.isdir(path):  # os.path: a name that is too long is refused when the file is made
-        raise OutputError(f"{path} is a directory", expected="a file name", fix="name a file in it")
-    if os.path.exists(path) and not force:
-        raise OutputError(f"{path} exists already", fix="add --force to replace it or choose another name")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"{path}: there is no directory {path.parent}", fix="make it, or choose another place")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"no permission to write in {path.parent}", fix="choose another place")
-
-
-def check_space(path: Path, n_bytes: int) -> None:
-    """Refuse a file that the disk has no room for, before any work is done."""
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise output_error(path, error) from error
-    if free < n_bytes:
-        raise OutputError(
-            f"{path}: not enough space on the disk",
-            expected=f"{n_bytes:,} bytes",
-            found=f"{free:,} bytes free",
-            fix="free some space or choose another place",
-        )
-
-
-def make_directory(path: Path) -> None:
-    """Make an output directory where there is none."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise OutputError(
-            f"{path} is not a directory", expected="a file name that ends in .gguf, or a directory", fix="change -o"
-        ) from error
-    except OSError as error:
-        raise output_error(path, error) from error
-
-
-def output_error(path: Path, error: OSError) -> OutputError:
-    """What went wrong with the output, in the user's words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path}: the disk is full", fix="free some space or choose another place")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"no permission to write {path}", fix="choose another place")
-    return OutputError(f"{path}: cannot be written", found=error.strerror or str(error))
+        self._file.commit()

@@ -35,8 +35,8 @@ from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
-from gguf3n.formats.gguf_writer import check_output, check_space
 from gguf3n.formats.logprobs import SavedLogprobs, open_logprobs, rows_bytes, scored_positions, write_logprobs
+from gguf3n.formats.whole_file import check_output, check_space
 from gguf3n.gemma3n.config import read_config
 from gguf3n.gemma3n.tensors import Storage
 from gguf3n.inspection.subject import Subject

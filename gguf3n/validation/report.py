@@ -25,9 +25,8 @@ from gguf.constants import Keys
 
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
-from gguf3n.formats.gguf_writer import check_output
 from gguf3n.formats.hub import is_repo_id
-from gguf3n.formats.whole_file import write_whole
+from gguf3n.formats.whole_file import check_output, write_whole
 from gguf3n.inspection.lint import Severity
 from gguf3n.inspection.summary import file_type_name
 from gguf3n.plots import LayerError, check_matplotlib, error_svg

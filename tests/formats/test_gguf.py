@@ -26,8 +26,9 @@ from gguf3n.errors import GGUFError, OutputError
 from gguf3n.formats.byte_source import LocalFile
 from gguf3n.formats.gguf_layout import SCALAR_CODES, GGUFValueType, KeyValue, QType, aligned, row_bytes, tensor_bytes
 from gguf3n.formats.gguf_reader import FIRST_READ_BYTES, MAX_READ_BYTES, GGUFArray, open_gguf, read_header
-from gguf3n.formats.gguf_writer import GGUFWriter, Layout, check_space, lay_out, make_directory, output_error
+from gguf3n.formats.gguf_writer import GGUFWriter, Layout, lay_out
 from gguf3n.formats.offset_files import OffsetFiles
+from gguf3n.formats.whole_file import check_space, make_directory, output_error
 from tests.mutation import Edit, edits, every_run_alike, mutate
 
 VT = GGUFValueType
