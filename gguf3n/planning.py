@@ -1,4 +1,4 @@
-"""Model + Recipe -> Plan: every tensor's type, its reason, its place in the file, before a weight is read."""
+"""Part + Recipe -> Plan: every tensor's type, its reason, its place in the file, before a weight is read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gguf3n.formats.gguf_layout import REQUIRES_QUANT_WEIGHTS, QType, aligned, t
 from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
 from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.importance import Importance
+from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.metadata import file_keys
-from gguf3n.gemma3n.model import Model
+from gguf3n.gemma3n.part import Part
 from gguf3n.gemma3n.published import HEADER_BYTES, outline
-from gguf3n.gemma3n.tensors import MappedTensor, Storage
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, Keep, Recipe, Tensor, check_rules
 
 
@@ -37,7 +37,7 @@ class PlannedTensor:
 class Plan:
     """A GGUF file that does not exist yet."""
 
-    model: Model
+    part: Part
     recipe: Recipe
     layout: Layout
     tensors: tuple[PlannedTensor, ...]
@@ -52,7 +52,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Bits of tensor data a weight."""
-        return 8 * sum(tensor.slot.n_bytes for tensor in self.tensors) / self.model.n_weights
+        return 8 * sum(tensor.slot.n_bytes for tensor in self.tensors) / self.part.n_weights
 
     @property
     def type_counts(self) -> dict[QType, int]:
@@ -61,7 +61,7 @@ class Plan:
 
 
 def make_plan(
-    model: Model, recipe: Recipe, importance: Importance | None = None, unfit_for_f16: Collection[str] = ()
+    part: Part, recipe: Recipe, importance: Importance | None = None, unfit_for_f16: Collection[str] = ()
 ) -> Plan:
     """Decide every type and lay out the file.
 
@@ -71,11 +71,11 @@ def make_plan(
     Raises: QuantizationError if a type needs an importance matrix that has nothing for its tensor; UsageError for a
         rule of the user's that can't be used with this model.
     """
-    facts = describe_tensors(model.tensors, None if importance is None else importance.quant_weights)
+    facts = describe_tensors(part.tensors, None if importance is None else importance.quant_weights)
     check_rules(recipe, [fact for fact in facts if fact is not None])
-    decisions = _decide(model.tensors, facts, recipe, unfit_for_f16)
+    decisions = _decide(part.tensors, facts, recipe, unfit_for_f16)
     weights = importance.quant_weights if importance is not None else {}
-    for tensor, decision in zip(model.tensors, decisions, strict=True):
+    for tensor, decision in zip(part.tensors, decisions, strict=True):
         impossible = decision.qtype in REQUIRES_QUANT_WEIGHTS and tensor.name not in weights
         if decision.lacks_importance or impossible:
             raise QuantizationError(
@@ -85,24 +85,21 @@ def make_plan(
                 fix="give one with --imatrix, or choose another type",
             )
     layout = lay_out(
-        [*model.keys, *file_keys(recipe.ftype), *(importance.keys if importance is not None else ())],
-        [
-            (tensor.name, tensor.shape, decision.qtype)
-            for tensor, decision in zip(model.tensors, decisions, strict=True)
-        ],
+        [*part.keys, *file_keys(recipe.ftype), *(importance.keys if importance is not None else ())],
+        [(tensor.name, tensor.shape, decision.qtype) for tensor, decision in zip(part.tensors, decisions, strict=True)],
     )
     return Plan(
-        model,
+        part,
         recipe,
         layout,
         tuple(
             PlannedTensor(tensor, slot, decision.reason, decision.rule, weights.get(tensor.name))
-            for tensor, slot, decision in zip(model.tensors, layout.slots, decisions, strict=True)
+            for tensor, slot, decision in zip(part.tensors, layout.slots, decisions, strict=True)
         ),
         (
-            *model.notices,
+            *part.notices,
             *(importance.notices if importance is not None else ()),
-            *_notices(model.tensors, decisions, recipe),
+            *_notices(part.tensors, decisions, recipe),
         ),
     )
 
@@ -173,9 +170,9 @@ def _decide(
 
 def _keep(tensor: MappedTensor, recipe: Recipe, unfit_for_f16: Collection[str]) -> Decision:
     """The type of a tensor that is never quantized."""
-    if tensor.storage is Storage.FLOAT32:
-        return Decision(QType.F32, tensor.storage.value, "never quantized")
-    qtype, why = QType.BF16, tensor.storage.value
+    if tensor.storage.forced is not None:
+        return Decision(tensor.storage.forced, tensor.storage.reason, "never quantized")
+    qtype, why = QType.BF16, tensor.storage.reason
     if recipe.keep is Keep.F32:
         qtype = QType.F32
     elif recipe.keep is Keep.F16 and tensor.name in unfit_for_f16:

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 import gguf3n
 from gguf3n.cli.console import print_error
+from gguf3n.cli.groups import flattened
 from gguf3n.errors import Gguf3nError, Interrupted
 
 COMMANDS: Mapping[str, str | Mapping[str, str]] = {
@@ -62,7 +63,7 @@ def _loaded(name: str) -> Any:
     else:
         app = module.app
     for word, function in functions.items():
-        app.command(word)(_interruptible(getattr(module, function)))
+        app.command(word)(_interruptible(flattened(getattr(module, function))))
     return typer.main.get_command(app)
 
 

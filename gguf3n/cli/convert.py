@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
-from gguf3n.cli import options
-from gguf3n.cli.writing import wanted_recipes, wanted_stages, write_or_show
+from gguf3n.cli.writing import Writing, write_or_show
 from gguf3n.conversion import read_source
+from gguf3n.errors import UsageError
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
-    quant: options.Quants = None,
-    output: options.Output = None,
-    like: options.Like = None,
+    wanted: Writing,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    imatrix: options.Imatrix = None,
-    ple: options.Ple = None,
-    token_embd: options.TokenEmbd = None,
-    tensor_types: options.TensorTypes = None,
-    keep: options.Keep = None,
-    against: options.Against = None,
-    threads: options.Threads = None,
-    dry_run: options.DryRun = False,
-    validate: options.Validate = False,
-    stages: options.Stages = None,
-    report: options.Report = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    force: options.Force = False,
 ) -> None:
     """Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."""
-    wanted = wanted_stages(validate, stages, report, dry_run=dry_run)
-    recipes = wanted_recipes(quant, like, output, ple=ple, token_embd=token_embd, tensor_types=tensor_types, keep=keep)
+    if os.path.isfile(source):
+        raise UsageError(
+            f"{source}: a file",
+            expected="a checkpoint directory, or a Hub id",
+            fix="gguf3n quantize, if it is a GGUF file; else name the directory that it is in",
+        )
     write_or_show(
-        read_source(source, revision=revision, weights=not dry_run, show_progress=not quiet),
-        recipes,
-        output,
-        imatrix=imatrix,
-        against=against,
-        threads=threads,
-        dry_run=dry_run,
-        stages=wanted,
-        report=report,
-        json=json,
-        quiet=quiet,
-        force=force,
+        lambda: read_source(source, revision=revision, weights=not wanted.dry_run, show_progress=not wanted.quiet),
+        wanted,
     )

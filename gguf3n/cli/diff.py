@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from gguf3n.cli import options
-from gguf3n.cli.console import columns, print_json, progress_bar, shape_text
+from gguf3n.cli.console import columns, print_json, shape_text
 from gguf3n.cli.paint import cut, line_width, paint
-from gguf3n.cli.timing import timed
+from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import FindingsError
 from gguf3n.inspection.diff import Difference, KeyChange, TensorChange
 from gguf3n.inspection.diff import diff as run_diff
@@ -27,7 +27,7 @@ def diff(
 ) -> None:
     """Compare two GGUF files. Exit code 0: the same content; 12: not."""
     with progress_bar(quiet=quiet or not data) as progress:
-        difference = run_diff(a, b, with_data=data, progress=timed(progress))
+        difference = run_diff(a, b, with_data=data, progress=progress)
     if json:
         print_json(_as_json(difference))
     else:

@@ -13,16 +13,20 @@ import typer
 from typer.core import TyperGroup
 
 from gguf3n.cli import options
-from gguf3n.cli.console import columns, print_json, print_note, steps_bar
+from gguf3n.cli.console import columns, print_json, print_note
 from gguf3n.cli.paint import filled, line_width, paint, printable
+from gguf3n.cli.progress import progress_bar
 from gguf3n.conversion import read_source
-from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, read_texts
+from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, measuring, read_texts
 from gguf3n.engines.reference import check_device
 from gguf3n.errors import Interrupted, UsageError
 from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.formats.whole_file import check_output
 from gguf3n.gemma3n.importance import match_importance
+from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.source import open_checkpoint
 from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
+from gguf3n.progress import Meter
 
 SCHEMA = "gguf3n.imatrix/1"
 SAVE_EVERY = 10
@@ -88,9 +92,11 @@ def measure(
     _check_ctx(earlier, ctx)
     read_texts(text)
     check_device(device, dtype)
-    model = read_source(source, revision=revision, show_progress=not quiet)
-    for imatrix in earlier:
-        match_importance(imatrix, model)
+    checkpoint = open_checkpoint(read_source(source, revision=revision, show_progress=not quiet))
+    if earlier:
+        part = text_part(checkpoint)
+        for imatrix in earlier:
+            match_importance(imatrix, part)
 
     def save(measured: Measurement) -> ImportanceMatrix:
         nonlocal force
@@ -102,9 +108,10 @@ def measure(
     started = time.monotonic()
     measured = None
     try:
-        with steps_bar(quiet=quiet) as show_step:
+        with progress_bar(quiet=quiet) as progress:
+            meter: Meter | None = None
             for measured in measure_chunks(
-                model.path,
+                checkpoint,
                 text,
                 n_ctx=ctx,
                 n_chunks=chunks,
@@ -117,8 +124,8 @@ def measure(
             ):
                 if measured.n_done == 1:
                     print_note("note", f"perplexity of the first chunk: {measured.perplexity:.4g}", quiet=quiet)
-                if show_step is not None:
-                    show_step("measuring", measured.n_done, measured.n_chunks)
+                meter = meter or measuring(measured.n_chunks, progress)
+                meter.advance()
                 if measured.n_done % save_every == 0:
                     save(measured)
     except KeyboardInterrupt:

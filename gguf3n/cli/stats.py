@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gguf3n.cli import options
-from gguf3n.cli.console import columns, print_json, print_note, progress_bar, shape_text
+from gguf3n.cli.console import columns, print_json, print_note, shape_text
 from gguf3n.cli.paint import cut, filled, line_width, paint, printable
-from gguf3n.cli.timing import timed
+from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import UsageError
+from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.half import F16_MAX
+from gguf3n.gemma3n.part import text_part
 from gguf3n.inspection.network import Section, short_name
 from gguf3n.inspection.statistics import (
     ACTIVATION_MAX,
@@ -29,7 +31,7 @@ from gguf3n.inspection.statistics import (
 from gguf3n.plots import LayerError, Magnitude, check_plot, write_statistics_plot
 
 if TYPE_CHECKING:
-    from gguf3n.validation.tensors import TensorError, TensorsResult
+    from gguf3n.validation.tensor_errors import TensorError, TensorsResult
 
 SCHEMA = "gguf3n.stats/1"
 SHOWN = 20
@@ -93,7 +95,7 @@ def stats(
         raise UsageError("--against holds a GGUF file against its source", expected="a local GGUF file", found=source)
     with progress_bar(quiet=quiet) as progress:
         result = measure_statistics(
-            source, revision=revision, threads=threads, show_progress=not quiet, progress=timed(progress)
+            source, revision=revision, threads=threads, show_progress=not quiet, progress=progress
         )
     compared = None if against is None else _compare(source, against, threads, quiet)
     if plot is not None:
@@ -119,9 +121,10 @@ def _compare(file: str, source: str, threads: int | None, quiet: bool) -> Tensor
     from gguf3n.validation.tensors import check_tensors
     from gguf3n.validation.validate import read_reference
 
-    model = read_reference(source, show_progress=not quiet)
+    part = text_part(read_reference(source, show_progress=not quiet))
+    gguf = open_gguf(file, strict=False)
     with progress_bar(quiet=quiet) as progress:
-        return check_tensors(Path(file), model, threads=threads, progress=timed(progress))
+        return check_tensors(gguf, part, threads=threads, progress=progress)
 
 
 def _draw(path: Path, result: Statistics, compared: TensorsResult | None, force: bool) -> None:

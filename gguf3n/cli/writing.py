@@ -1,123 +1,165 @@
-"""What `convert` and `quantize` share: from a model to files or to a printed plan."""
+"""What `convert` and `quantize` share: from a source to files or to a printed plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from gguf3n.cli.console import columns, human_bytes, print_json, print_note, progress_bar, shape_text
-from gguf3n.cli.validate import parse_stages, print_validation, validate_written, validation_json
-from gguf3n.conversion import Conversion, output_paths, plan_all, read_recipe, write
+from gguf3n.cli import options
+from gguf3n.cli.console import columns, human_bytes, print_json, print_note, shape_text
+from gguf3n.cli.progress import progress_bar
+from gguf3n.cli.validate import print_validation, validation_json
+from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, write
 from gguf3n.errors import FindingsError, UsageError
-from gguf3n.formats.imatrix import read_imatrix
-from gguf3n.gemma3n.model import Model
+from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.gemma3n.source import Source
 from gguf3n.planning import Plan
-from gguf3n.recipes import Recipe, find_recipe, override
+from gguf3n.recipes import find_recipe
+from gguf3n.validation.logits import check_fits
+from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, Verdict
-from gguf3n.validation.validate import check_extra, check_fits
+from gguf3n.validation.stages import check_extra
+from gguf3n.validation.validate import Validation, run_stages
 
 
-def wanted_recipes(
-    quants: Sequence[str] | None,
-    like: Sequence[str] | None,
-    output: Path | None,
-    *,
-    ple: str | None,
-    token_embd: str | None,
-    tensor_types: Sequence[str] | None,
-    keep: str | None,
-) -> list[Recipe]:
-    """The recipes of a command line, before a source is fetched or read.
+@dataclass(frozen=True)
+class Writing:
+    """What `convert` and `quantize` share: the files wanted, whether they are written and proved, what is printed."""
 
-    Raises: UsageError for names or options that can't be used; GGUFError or HubError for a file to be like.
-    """
-    recipes = [*map(find_recipe, quants or ()), *map(read_recipe, like or ())]
-    if not recipes:
-        raise UsageError("no quantization named", expected="--quant NAME or --like FILE")
-    recipes = [
-        override(recipe, ple=ple, token_embd=token_embd, tensor_types=tensor_types or (), keep=keep)
-        for recipe in recipes
-    ]
-    output_paths("", [recipe.name for recipe in recipes], output)
-    return recipes
+    quant: options.Quants = None
+    output: options.Output = None
+    like: options.Like = None
+    imatrix: options.Imatrix = None
+    ple: options.Ple = None
+    token_embd: options.TokenEmbd = None
+    tensor_types: options.TensorTypes = None
+    keep: options.Keep = None
+    against: options.Against = None
+    threads: options.Threads = None
+    dry_run: options.DryRun = False
+    validate: options.Validate = False
+    stages: options.Stages = None
+    report: options.Report = None
+    json: options.Json = False
+    quiet: options.Quiet = False
+    force: options.Force = False
+
+    def conversion(self) -> ConversionOptions:
+        """Raises: UsageError for what can't be used; GGUFError or HubError for files that are named."""
+        return parse_options(
+            self.quant or (),
+            self.output,
+            like=self.like or (),
+            ple=self.ple,
+            token_embd=self.token_embd,
+            tensor_types=self.tensor_types or (),
+            keep=self.keep,
+            imatrix=self.imatrix,
+            threads=self.threads,
+            force=self.force,
+        )
+
+    def validation(self) -> ValidationOptions | None:
+        """None where nothing is to be validated. Raises: UsageError."""
+        if not self.validate:
+            for option, value in (("--stages", self.stages), ("--report", self.report)):
+                if value is not None:
+                    raise UsageError(f"{option} without --validate")
+            return None
+        if self.dry_run:
+            raise UsageError("--validate with --dry-run, which writes nothing to validate")
+        return parse_validation(self.stages, threads=self.threads)
 
 
-def write_or_show(
-    model: Model,
-    recipes: Sequence[Recipe],
-    output: Path | None,
-    *,
-    imatrix: Path | None,
-    against: str | None,
-    threads: int | None,
-    dry_run: bool,
-    stages: Sequence[Stage],
-    report: Path | None,
-    json: bool,
-    quiet: bool,
-    force: bool,
-) -> None:
+def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     """Write the files and validate them, or print what would be written.
 
     Args:
-        stages: of the validation; none for no validation.
+        read: opens the source, once the options are known to be sound.
     """
-    check_extra(model, stages)
-    if Stage.LOGITS in stages:
-        check_fits(model)
-    if report is not None:
-        if len(recipes) > 1:
-            raise UsageError(f"one report for {len(recipes)} files", fix="validate them one by one")
-        check_report(report, force=force)
-    matrix = None if imatrix is None else read_imatrix(imatrix)
-    plans = plan_all(model, recipes, imatrix=matrix)
+    validation = wanted.validation()
+    conversion = wanted.conversion()
+    part = text_part(read())
+    if validation is not None:
+        validation = replace(validation, imatrix=conversion.imatrix)
+        check_extra(part.source, validation, validation.stages)
+        if Stage.LOGITS in validation.stages:
+            check_fits(part.source)
+    if wanted.report is not None:
+        if len(conversion.recipes) > 1:
+            raise UsageError(f"one report for {len(conversion.recipes)} files", fix="validate them one by one")
+        check_report(wanted.report, force=wanted.force)
+    plans = plan_all(part, conversion.recipes, conversion.imatrix)
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
-        print_note("note", notice, quiet=quiet)
-    result: dict[str, Any] = {"source": model.origin, "notices": notices}
-    if dry_run:
-        other = None if against is None else plan_all(model, [find_recipe(against)], imatrix=matrix)[0]
-        paths = output_paths(model.name, [each.recipe.name for each in plans], output)
-        if json:
-            result["outputs"] = [_plan_json(each, path, against=other) for each, path in zip(plans, paths, strict=True)]
-            print_json(result)
-        else:
-            for each, path in zip(plans, paths, strict=True):
-                _print_plan(each, path, other)
+        print_note("note", notice, quiet=wanted.quiet)
+    result: dict[str, Any] = {"source": part.source.origin, "notices": notices}
+    if wanted.dry_run:
+        _show(plans, conversion, wanted, result)
         return
-    with progress_bar(quiet=quiet) as progress:
-        written = write(plans, output, threads=threads, force=force, progress=progress)
-    if not json:
+    with progress_bar(quiet=wanted.quiet) as progress:
+        written = write(plans, conversion.output, threads=conversion.threads, force=conversion.force, progress=progress)
+    if not wanted.json:
         _print_written(written)
-    validations = validate_written(
-        [each.path for each in written], model, stages, imatrix=matrix, threads=threads, quiet=quiet
-    )
-    if report is not None:
-        write_report(validations[0], report, force=force)
-    if json:
+    validations = [] if validation is None else _validated(written, part, validation, quiet=wanted.quiet)
+    if wanted.report is not None:
+        write_report(validations[0], wanted.report, force=wanted.force)
+    if wanted.json:
         result["seconds"] = round(written[0].seconds, 3)
         result["outputs"] = [_plan_json(each.plan, each.path, with_tensors=False) for each in written]
-        for entry, validation in zip(result["outputs"], validations, strict=False):
-            entry["validation"] = validation_json(validation)
+        for entry, found in zip(result["outputs"], validations, strict=False):
+            entry["validation"] = validation_json(found)
         print_json(result)
     else:
-        for validation in validations:
-            print_validation(validation)
-    if any(validation.verdict is Verdict.FAIL for validation in validations):
+        for found in validations:
+            print_validation(found)
+    if any(found.verdict is Verdict.FAIL for found in validations):
         raise typer.Exit(FindingsError.exit_code)
 
 
-def wanted_stages(validate: bool, stages: str | None, report: Path | None, *, dry_run: bool) -> tuple[Stage, ...]:
-    """The stages of `--validate` and `--stages`; none without. Raises: UsageError."""
-    if not validate and (stages is not None or report is not None):
-        raise UsageError(f"{'--stages' if stages is not None else '--report'} without --validate")
-    if validate and dry_run:
-        raise UsageError("--validate with --dry-run, which writes nothing to validate")
-    return parse_stages(stages) if validate else ()
+def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing, result: dict[str, Any]) -> None:
+    """Print what would be written."""
+    other = None
+    if wanted.against is not None:
+        other = plan_all(plans[0].part, [find_recipe(wanted.against)], conversion.imatrix)[0]
+    paths = output_paths([each.part.file_name(each.recipe.name) for each in plans], conversion.output)
+    if wanted.json:
+        result["outputs"] = [_plan_json(each, path, against=other) for each, path in zip(plans, paths, strict=True)]
+        print_json(result)
+        return
+    for each, path in zip(plans, paths, strict=True):
+        _print_plan(each, path, other)
+
+
+def _validated(
+    written: Sequence[Conversion], part: Part, validation: ValidationOptions, *, quiet: bool
+) -> list[Validation]:
+    """Validate files of one source; the reference model is run once for all."""
+    validations: list[Validation] = []
+    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
+        kept = Path(folder, "reference.safetensors") if len(written) > 1 and Stage.LOGITS in validation.stages else None
+        for each in written:
+            is_there = kept is not None and kept.exists()
+            chosen = replace(
+                validation, save_reference=None if is_there else kept, use_reference=kept if is_there else None
+            )
+            with progress_bar(quiet=quiet) as progress:
+                validations.append(
+                    run_stages(
+                        each.path,
+                        part,
+                        chosen,
+                        progress=progress,
+                        notice=lambda text: print_note("note", text, quiet=quiet),
+                    )
+                )
+    return validations
 
 
 def _type_counts(plan: Plan) -> str:
@@ -162,7 +204,7 @@ def _plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Pl
         "quant": plan.recipe.name,
         "bytes": plan.total_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
-        "n_weights": plan.model.n_weights,
+        "n_weights": plan.part.n_weights,
         "types": {qtype.name: count for qtype, count in plan.type_counts.items()},
     }
     if with_tensors:

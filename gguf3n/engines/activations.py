@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import MODEL_TENSOR
 from numpy.typing import NDArray
 
 from gguf3n.engines.memory import check_memory, reference_need
@@ -36,7 +35,9 @@ from gguf3n.engines.reference import HEAD_POSITIONS, Reference, check_device
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
-from gguf3n.gemma3n.tensors import target_name, written_order
+from gguf3n.gemma3n.source import Source, open_checkpoint
+from gguf3n.gemma3n.text import PER_LAYER_INP_GATE, written_order
+from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
 N_CTX = 512
@@ -86,8 +87,8 @@ class Measurement:
 
 
 def measure_importance(
-    source: Path,
-    texts: Sequence[Path],
+    source: str | Path | Source,
+    texts: Sequence[str | Path],
     *,
     n_ctx: int = N_CTX,
     n_chunks: int | None = None,
@@ -96,13 +97,14 @@ def measure_importance(
     tables: bool = True,
     device: str = "auto",
     dtype: str = "float32",
-    progress: Callable[[Measurement], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> ImportanceMatrix:
     """Run the reference model over texts; arguments and errors as for `measure_chunks`.
 
     Args:
         progress: is called after each chunk.
     """
+    meter: Meter | None = None
     for measurement in measure_chunks(
         source,
         texts,
@@ -114,14 +116,19 @@ def measure_importance(
         device=device,
         dtype=dtype,
     ):
-        if progress is not None:
-            progress(measurement)
+        meter = meter or measuring(measurement.n_chunks, progress)
+        meter.advance()
     return measurement.imatrix
 
 
+def measuring(n_chunks: int, progress: OnProgress | None) -> Meter:
+    """What counts the chunks that are done."""
+    return Meter("measuring", "chunks", n_chunks, progress)
+
+
 def measure_chunks(
-    source: Path,
-    texts: Sequence[Path],
+    source: str | Path | Source,
+    texts: Sequence[str | Path],
     *,
     n_ctx: int = N_CTX,
     n_chunks: int | None = None,
@@ -135,7 +142,7 @@ def measure_chunks(
     """The same chunk by chunk: what comes last is the result, what came before can be kept if the rest is interrupted.
 
     Args:
-        source: a checkpoint directory.
+        source: a checkpoint directory or a Hub id, or one that is open.
         texts: UTF-8 files, read as if they were one.
         n_chunks: to read at most; all by default.
         first_chunk: chunks of the text to leave out, because they have been measured before.
@@ -152,7 +159,8 @@ def measure_chunks(
     if n_chunks is not None and n_chunks < 1:
         raise UsageError(f"{n_chunks} chunks", expected="1 or more")
     check_device(device, dtype)
-    with closing(open_reference(source)) as tokenizer:
+    checkpoint = open_checkpoint(source)
+    with closing(open_reference(checkpoint)) as tokenizer:
         tokens = tokenizer.encode(read_texts(texts), special=special)
     available = len(tokens) // n_ctx - first_chunk
     if available < 1:
@@ -163,8 +171,8 @@ def measure_chunks(
             fix="give more text, or smaller chunks with --ctx",
         )
     n_chunks = available if n_chunks is None else min(n_chunks, available)
-    check_memory([reference_need(source, dtype, n_ctx=n_ctx)], notice=notice)
-    with Reference(source, device=device, dtype=dtype) as reference:
+    check_memory([reference_need(checkpoint, dtype, n_ctx)], notice=notice)
+    with Reference(checkpoint, device=device, dtype=dtype) as reference:
         total: dict[str, NDArray[np.float64]] = {}
         counts: dict[str, int] = {}
         loss, n_scored, seen = 0.0, 0, frozenset[int]()
@@ -190,10 +198,10 @@ def measure_chunks(
             )
 
 
-def read_texts(texts: Sequence[Path]) -> str:
+def read_texts(texts: Sequence[str | Path]) -> str:
     """Files as one text, each without the line feed at its end. Source: `-f` of llama.cpp (common/arg.cpp)."""
     parts = []
-    for path in texts:
+    for path in map(Path, texts):
         try:
             parts.append(path.read_bytes().decode("utf-8").removesuffix("\n"))
         except OSError as error:
@@ -230,9 +238,9 @@ def _run(reference: Reference, token_ids: Sequence[int], *, tables: bool) -> tup
         module = modules.get(rule.source.format(bid=bid).removesuffix(".weight"))
         if module is None:  # keys and values of KV-shared layers
             continue
-        handles.append(module.register_forward_pre_hook(_input_hook(heard, target_name(rule, bid))))
-        if tables and rule.target is MODEL_TENSOR.PER_LAYER_INP_GATE:
-            hook = _gate_hook(gates, target_name(rule, bid), text.layers[bid].act_fn)
+        handles.append(module.register_forward_pre_hook(_input_hook(heard, rule.name(bid))))
+        if tables and rule.target == PER_LAYER_INP_GATE:
+            hook = _gate_hook(gates, rule.name(bid), text.layers[bid].act_fn)
             handles.append(module.register_forward_hook(hook))
     try:
         hidden = reference.run(token_ids)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from gguf3n.engines.llama_library import LlamaLibrary, UnknownLayout
 from gguf3n.errors import GGUFError, UsageError
-from gguf3n.pipeline import processors
+from gguf3n.workers import processors
 
 # more than any vocabulary: the server then returns all of it
 _ALL_TOKENS = 1 << 24

@@ -21,11 +21,10 @@ from gguf.constants import Keys
 from gguf3n.engines.llama_library import N_BATCH
 from gguf3n.engines.reference import HEAD_POSITIONS, HEAD_ROWS
 from gguf3n.errors import UsageError
-from gguf3n.formats.checkpoint import read_tensor_table
-from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
-from gguf3n.formats.source import FLOAT_DTYPES
-from gguf3n.gemma3n.config import read_config
-from gguf3n.gemma3n.tensors import Storage, map_tensors
+from gguf3n.formats.rows import FLOAT_DTYPES
+from gguf3n.gemma3n.mapping import Storage, map_tensors
+from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
+from gguf3n.gemma3n.text import table
 from gguf3n.inspection.subject import Subject
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD
 
@@ -74,27 +73,32 @@ def gigabytes(n_bytes: int) -> str:
 
 
 def models_needs(
-    reference: Path | None, gguf: GGUFFile, n_ctx: int, dtype: str, server: str | None
+    reference: Source | None, subject: Subject, n_ctx: int, dtype: str, server: str | None
 ) -> tuple[ModelNeed, ...]:
     """What is needed one after the other.
 
     Args:
-        reference: a checkpoint directory or a GGUF file; None where its log-probabilities are there already.
+        reference: None where its log-probabilities are there already.
+        subject: the file that is held against it.
         server: a llama-server elsewhere has loaded the file.
     """
     needs = []
     if reference is not None:
-        saved = Alternative("--use-reference FILE")
-        if reference.is_dir():
-            needs.append(reference_need(reference, dtype, saved, SMALLER_STAGES, n_ctx=n_ctx))
-        else:
-            needs.append(llama_cpp_need(open_gguf(reference), n_ctx, saved, SMALLER_STAGES))
+        needs.append(source_need(reference, dtype, n_ctx, Alternative("--use-reference FILE"), SMALLER_STAGES))
     if server is None:
-        needs.append(llama_cpp_need(gguf, n_ctx, Alternative("--server URL"), SMALLER_STAGES))
+        needs.append(llama_cpp_need(subject, n_ctx, Alternative("--server URL"), SMALLER_STAGES))
     return tuple(needs)
 
 
-def reference_need(directory: Path, dtype: str, *others: Alternative, n_ctx: int = 512) -> ModelNeed:
+def source_need(source: Source, dtype: str, n_ctx: int, *others: Alternative) -> ModelNeed:
+    """Of a source's own model, with chunks of n_ctx tokens: in torch, or in llama.cpp where it is a GGUF file."""
+    if isinstance(source, GGUFSource):
+        return llama_cpp_need(Subject(source.gguf), n_ctx, *others)
+    assert isinstance(source, Checkpoint), source
+    return reference_need(source, dtype, n_ctx, *others)
+
+
+def reference_need(source: Checkpoint, dtype: str, n_ctx: int, *others: Alternative) -> ModelNeed:
     """Of a checkpoint's text model in torch, with chunks of n_ctx tokens.
 
     Why: weights that are in bfloat16 already stay in the file, which is mapped; of the per-layer table only those rows
@@ -102,8 +106,8 @@ def reference_need(directory: Path, dtype: str, *others: Alternative, n_ctx: int
 
     Raises: SourceError or a class below it.
     """
-    config = read_config(directory)
-    mapping = map_tensors(config, read_tensor_table(directory), str(directory))
+    config = source.config
+    mapping = map_tensors(table(config), source.tensors, source.origin)
     # logits of some positions, their soft cap, and of one position the log-probabilities in float64
     logits = (2 * 4 * HEAD_POSITIONS + 3 * 8) * config.vocab_size
     working = logits + SCORES_BYTES * config.num_attention_heads * n_ctx**2 + TORCH_BYTES
@@ -120,13 +124,13 @@ def reference_need(directory: Path, dtype: str, *others: Alternative, n_ctx: int
     return ModelNeed(f"the reference in {dtype}", in_float32 if dtype == "float32" else in_bfloat16, others)
 
 
-def llama_cpp_need(gguf: GGUFFile, n_ctx: int, *others: Alternative) -> ModelNeed:
+def llama_cpp_need(subject: Subject, n_ctx: int, *others: Alternative) -> ModelNeed:
     """Of a GGUF file in llama.cpp.
 
     Why: beside the mapped file there is a copy of the quantized matrices of the layers, in the order in which its
     kernels want them.
     """
-    subject = Subject(gguf)
+    gguf = subject.gguf
     n_layers, n_heads, *lengths = (
         subject.integer(key) or 0
         for key in (

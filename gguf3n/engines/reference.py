@@ -7,8 +7,6 @@ the logits a few positions at a time: what is in memory depends on the vocabular
 from __future__ import annotations
 
 import gc
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,9 +17,11 @@ from numpy.typing import NDArray
 
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
+from gguf3n.gemma3n.names import TEXT_PREFIX
+from gguf3n.gemma3n.source import Source, open_checkpoint
 
-# every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses
-_TEXT_NAMES = {r"^(base_model\.model\.)?(model\.language_model|language_model\.model|model)\.": "model."}
+_TEXT_NAMES = {TEXT_PREFIX.pattern: "model."}
+"""Every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses."""
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
@@ -34,9 +34,10 @@ HEAD_ROWS = 16384
 
 
 class Reference:
-    """A checkpoint directory that transformers has loaded; only its text model, whatever else it holds.
+    """A checkpoint that transformers has loaded; only its text model, whatever else it holds.
 
     Args:
+        source: a checkpoint directory, or one that is open.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
         dtype: what the weights are taken to and the layers computed in, "float32" or "bfloat16".
 
@@ -47,16 +48,16 @@ class Reference:
         no such device or dtype, or a device with too little memory.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike[str], *, device: str = "auto", dtype: str = "float32") -> None:
+    def __init__(self, source: str | Path | Source, *, device: str = "auto", dtype: str = "float32") -> None:
         self.device = check_device(device, dtype)
         import torch
         import transformers
 
         self._torch = torch
-        self.directory = Path(checkpoint)
+        self.source = open_checkpoint(source)
+        self.directory = self.source.path
         self.dtype = dtype
-        config = json.loads((self.directory / "config.json").read_text("utf-8"))
-        text = config.get("text_config", config)
+        text = self.source.raw_config.get("text_config", self.source.raw_config)
         if text.get("model_type") != "gemma3n_text":
             raise ConfigError(
                 f"{self.directory / 'config.json'}: another model",
@@ -171,7 +172,7 @@ class Reference:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with the begin mark first and special tokens in the text recognized."""
-        with closing(open_reference(self.directory)) as tokenizer:
+        with closing(open_reference(self.source)) as tokenizer:
             return tokenizer.encode(text)
 
     def generate(self, prompt: str | Sequence[int], n: int) -> str:

@@ -18,8 +18,8 @@ from gguf.constants import Keys, TokenType
 
 from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
-from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.gemma3n.sentencepieces import SentencePieces
+from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
 from gguf3n.inspection.checks_vocabulary import duplicates
 from gguf3n.inspection.subject import Subject
 
@@ -82,15 +82,16 @@ class ReferenceTokenizer(Protocol):
         ...
 
 
-def open_reference(reference: Path) -> ReferenceTokenizer:
-    """The tokenizer of a checkpoint directory or of a GGUF file.
+def open_reference(reference: Source) -> ReferenceTokenizer:
+    """The tokenizer of a checkpoint or of a GGUF file.
 
     Raises: SourceError or a class below it; GGUFError; UsageError: the package that it needs is not installed.
     """
-    if reference.is_file():
-        return LlamaCppTokenizer(reference)
-    if (reference / "tokenizer.json").is_file():
-        return TransformersTokenizer(reference)
+    if isinstance(reference, GGUFSource):
+        return LlamaCppTokenizer(Subject(reference.gguf))
+    assert isinstance(reference, Checkpoint), reference
+    if (reference.path / "tokenizer.json").is_file():
+        return TransformersTokenizer(reference.path)
     return SentencePieceTokenizer(reference)
 
 
@@ -139,9 +140,9 @@ class SentencePieceTokenizer:
 
     kind = Tokenizer.SENTENCEPIECE
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._pieces = SentencePieces(directory)
+    def __init__(self, source: Checkpoint) -> None:
+        self._directory = source.path
+        self._pieces = SentencePieces(source)
         self._vocabulary = self._pieces.vocabulary
         self.bos_id = self._vocabulary.special_ids["bos"]
 
@@ -186,16 +187,16 @@ class LlamaCppTokenizer:
 
     kind = Tokenizer.LLAMA_CPP
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._subject = Subject(open_gguf(path, strict=False))
+    def __init__(self, subject: Subject) -> None:
+        path = subject.gguf.path
+        self._subject = subject
         if (model := self._subject.text(Keys.Tokenizer.MODEL)) != MODEL:
             raise GGUFError(f"{path}: {Keys.Tokenizer.MODEL} is another tokenizer's", expected=MODEL, found=str(model))
         if twice := next(duplicates(self._subject), None):
             raise GGUFError(f"{path}: a text stands twice in the vocabulary; llama.cpp would abort", found=twice)
         bos_id = self._subject.integer(Keys.Tokenizer.BOS_ID)
         self.bos_id = 1 if bos_id is None else bos_id  # llama.cpp's default
-        self._model = VocabularyModel(path, with_template=False)
+        self._model = VocabularyModel(subject.gguf, with_template=False)
         self._with_template: VocabularyModel | None = None
 
     def adds(self, name: str) -> bool:
@@ -210,7 +211,7 @@ class LlamaCppTokenizer:
         if not (self._subject.template or "").strip():
             return None
         if self._with_template is None:
-            self._with_template = VocabularyModel(self.path, with_template=True)
+            self._with_template = VocabularyModel(self._subject.gguf, with_template=True)
         return self._with_template.render(chat)
 
     def encode_rendered(self, text: str) -> list[int]:

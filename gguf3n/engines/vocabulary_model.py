@@ -22,7 +22,7 @@ from gguf3n.engines.llama_cpp import LlamaCpp, post
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_draft import Draft, DraftTensor
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
-from gguf3n.formats.gguf_reader import GGUFArray, open_gguf, open_part
+from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, open_part
 
 ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA]
 WIDTH = 32
@@ -57,12 +57,12 @@ class VocabularyModel(LlamaCpp):
     Raises: GGUFError: the file is none, or llama.cpp does not load its vocabulary. UsageError: no xllamacpp.
     """
 
-    def __init__(self, path: Path, *, with_template: bool) -> None:
-        self._path = path
+    def __init__(self, gguf: GGUFFile, *, with_template: bool) -> None:
+        self._path = path = gguf.path
         self._directory = tempfile.mkdtemp(prefix="gguf3n-")
         try:
             model = Path(self._directory) / "vocabulary.gguf"
-            write_vocabulary_model(path, model, with_template=with_template)
+            write_vocabulary_model(gguf, model, with_template=with_template)
             try:
                 super().__init__(model, n_ctx=N_CTX, n_threads=1)
             except GGUFError as error:
@@ -102,16 +102,15 @@ class VocabularyModel(LlamaCpp):
             raise GGUFError(f"{self._path}: llama.cpp's server fails at {path}", found=said) from error
 
 
-def write_vocabulary_model(path: Path, output: Path, *, with_template: bool) -> None:
+def write_vocabulary_model(gguf: GGUFFile, output: Path, *, with_template: bool) -> None:
     """Write the small model with a file's tokenizer keys, taken over byte by byte.
 
     Raises: GGUFError; OutputError.
     """
-    first = open_gguf(path, strict=False)
-    draft = Draft(open_part(first.path, strict=False))
-    tokens = first.keys[Keys.Tokenizer.LIST].value if Keys.Tokenizer.LIST in first.keys else None
+    draft = Draft(gguf if len(gguf.parts) == 1 else open_part(gguf.path, strict=False))
+    tokens = gguf.keys[Keys.Tokenizer.LIST].value if Keys.Tokenizer.LIST in gguf.keys else None
     if not isinstance(tokens, GGUFArray) or not len(tokens):
-        raise GGUFError(f"{path}: no vocabulary", expected=Keys.Tokenizer.LIST)
+        raise GGUFError(f"{gguf.name}: no vocabulary", expected=Keys.Tokenizer.LIST)
     for name in draft.names():
         is_template = name.startswith(Keys.Tokenizer.CHAT_TEMPLATE)
         is_kept = name == Keys.General.NAME or name.startswith(

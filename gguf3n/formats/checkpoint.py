@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import CheckpointError, SourceError
-from gguf3n.formats.source import DTYPE_BYTES, FLOAT_DTYPES, SourceTensor
+from gguf3n.formats.rows import DTYPE_BYTES, FLOAT_DTYPES, Stored
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -43,17 +43,17 @@ FOREIGN_FILES: tuple[tuple[str, str, str], ...] = (
 """What a directory without safetensors may hold instead: file pattern, what it is, what to do."""
 
 
-def read_tensor_table(directory: Path) -> dict[str, SourceTensor]:
+def read_tensor_table(directory: Path) -> dict[str, Stored]:
     """The tensors of a checkpoint directory, by name, every header checked.
 
     Raises: SourceError if it holds no safetensors checkpoint; CheckpointError for a broken one.
     """
-    table: dict[str, SourceTensor] = {}
+    table: dict[str, Stored] = {}
     for path in _shards(directory):
         for tensor in read_header(path):
             if tensor.name in table:
                 raise CheckpointError(
-                    f"{path}: tensor {tensor.name!r} is in {table[tensor.name].path.name} as well",
+                    f"{path}: tensor {tensor.name!r} is in {Path(table[tensor.name].file_name).name} as well",
                     expected="each tensor in one shard",
                     fix="remove the shards that belong to another model",
                 )
@@ -62,7 +62,7 @@ def read_tensor_table(directory: Path) -> dict[str, SourceTensor]:
     return table
 
 
-def read_header(path: Path) -> list[SourceTensor]:
+def read_header(path: Path) -> list[Stored]:
     """The tensors of one safetensors file, in the order of their offsets.
 
     Raises: CheckpointError for anything but a complete and consistent file.
@@ -95,7 +95,7 @@ def read_header(path: Path) -> list[SourceTensor]:
     header.pop("__metadata__", None)
     data_start = 8 + header_bytes
     tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.stored_bytes))
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
@@ -105,7 +105,7 @@ def read_header(path: Path) -> list[SourceTensor]:
                 found=f"data from byte {tensor.offset:,}",
                 fix="download or save the file again",
             )
-        position += tensor.n_bytes
+        position += tensor.stored_bytes
     if position > file_bytes:
         raise _truncated(path, f"{position:,} bytes", file_bytes)
     if position < file_bytes:
@@ -115,7 +115,7 @@ def read_header(path: Path) -> list[SourceTensor]:
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sane = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < MAX_SIZE for n in (*shape, begin, end))
@@ -131,11 +131,11 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
         raise CheckpointError(
             f"{path}: tensor {name!r} has an unknown dtype", expected=", ".join(FLOAT_DTYPES), found=dtype
         )
-    tensor = SourceTensor(name, dtype, shape, path, data_start + begin)
-    if end - begin != tensor.n_bytes:
+    tensor = Stored(name, dtype, shape, path, data_start + begin)
+    if end - begin != tensor.stored_bytes:
         raise CheckpointError(
             f"{path}: tensor {name!r} has a range that does not fit its shape",
-            expected=f"{tensor.n_bytes:,} bytes for {dtype} {list(shape)}",
+            expected=f"{tensor.stored_bytes:,} bytes for {dtype} {list(shape)}",
             found=f"{end - begin:,} bytes",
         )
     return tensor
@@ -222,15 +222,15 @@ def weight_map(index: Path) -> dict[str, str]:
     return dict(shards)
 
 
-def _check_index(directory: Path, table: dict[str, SourceTensor]) -> None:
+def _check_index(directory: Path, table: dict[str, Stored]) -> None:
     index = directory / INDEX
     if (directory / SINGLE).is_file() or not index.exists():
         return
     for name, shard in weight_map(index).items():
-        if name not in table or table[name].path.name != shard:
+        if name not in table or Path(table[name].file_name).name != shard:
             raise CheckpointError(
                 f"{directory / shard}: tensor {name!r} is missing",
                 expected=f"it in this shard, as {INDEX} says",
-                found=f"it in {table[name].path.name}" if name in table else "it in no shard",
+                found=f"it in {Path(table[name].file_name).name}" if name in table else "it in no shard",
                 fix="download the shards and the index of one revision",
             )

@@ -38,6 +38,7 @@ from gguf3n.formats.gguf_layout import (
     aligned,
     tensor_bytes,
 )
+from gguf3n.formats.rows import Stored
 
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
@@ -59,6 +60,9 @@ MAX_PARTS = 1000
 
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 """A part of a split file. Source: llama_split_path of llama.cpp."""
+
+LITTLE_ENDIAN = "gguf-convert-endian FILE little"
+"""What turns a big-endian file around; a program of the gguf package."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,19 @@ class GGUFFile:
         value = self.keys[name].value
         return value.tolist() if isinstance(value, GGUFArray) else value
 
+    def stored(self, tensor: GGUFTensor) -> Stored:
+        """The tensor's rows, to be read by a RowReader. Raises: GGUFError for a big-endian file."""
+        if self.byte_order != "little":
+            raise GGUFError(f"{self.name}: big-endian", expected="a little-endian file", fix=LITTLE_ENDIAN)
+        part = self.parts[tensor.part]
+        file = part.path if isinstance(part, LocalFile) else part
+        return Stored(tensor.name, tensor.qtype.name, tensor.shape, file, tensor.offset, GGUFError)
+
+    def check(self) -> None:
+        """Raise the first of `problems`, as a strict reading does. Raises: GGUFError."""
+        for problem in self.problems:
+            raise GGUFError(f"{self.name}: {problem.what}", expected=problem.expected, found=problem.found)
+
     def read(self, tensor: GGUFTensor, start: int = 0, count: int | None = None) -> bytes:
         """Bytes of a tensor's data. Raises: GGUFError if the file has fewer."""
         n_bytes = tensor.n_bytes - start if count is None else min(count, tensor.n_bytes - start)
@@ -300,10 +317,7 @@ def _join(files: list[GGUFFile], strict: bool) -> GGUFFile:
     total = first.keys.get("split.tensors.count")
     if total is not None and total.value != len(tensors):
         problems.append(Problem("parts", "tensors are missing", f"{total.value}", f"{len(tensors)}"))
-    if problems and strict:
-        problem = problems[0]
-        raise GGUFError(f"{first.name}: {problem.what}", expected=problem.expected, found=problem.found)
-    return replace(
+    joined = replace(
         first,
         parts=tuple(file.parts[0] for file in files),
         all_tensors=tuple(tensors),
@@ -312,6 +326,9 @@ def _join(files: list[GGUFFile], strict: bool) -> GGUFFile:
         file_bytes=sum(file.file_bytes for file in files),
         problems=tuple(problems),
     )
+    if strict:
+        joined.check()
+    return joined
 
 
 class _Walk:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.formats.offset_files import OffsetFiles
-from gguf3n.formats.source import SourceTensor
+from gguf3n.errors import Gguf3nError
+from gguf3n.formats.rows import RowReader, Rows, chunks
 
 F16_MAX = 65504.0
 F16_TINY = np.float32(2.0**-14)
@@ -18,32 +18,24 @@ MAX_ROW_ERROR = 2.0**-11
 CHUNK_WEIGHTS = 1 << 21
 
 
-def fits_f16(tensor: SourceTensor) -> bool:
-    """Whether float16 holds a tensor as well as it holds ordinary numbers.
+def fits_f16(rows: Rows, reader: RowReader) -> bool:
+    """Whether float16 holds some rows as well as it holds ordinary numbers.
 
     No value may overflow, and in no row may the root mean square error, small values flushed to zero or to multiples of
-    2^-24 included, exceed MAX_ROW_ERROR of the row's own root mean square. Tensors of other dtypes than BF16 and F32
-    fit; so do those whose file is not there yet.
+    2^-24 included, exceed MAX_ROW_ERROR of the row's own root mean square. Rows that are stored in another dtype than
+    BF16 and F32 fit; so do those whose file is not there yet or can't be read: what reads it next says what is wrong.
     """
-    if tensor.dtype not in ("BF16", "F32") or not tensor.path.is_file():
+    if not rows.dtypes & {"BF16", "F32"}:
         return True
-    n_per_row = tensor.shape[-1]
-    n_rows = tensor.n_bytes // tensor.row_bytes
-    step = max(1, CHUNK_WEIGHTS // n_per_row)
-    files = OffsetFiles("r")
+    exact = rows.dtypes == {"BF16"}
     try:
-        for first in range(0, n_rows, step):
-            count = min(step, n_rows - first)
-            raw = np.empty(count * tensor.row_bytes, np.uint8)
-            n_read = files.read_into(tensor.path, tensor.offset + first * tensor.row_bytes, raw)
-            if n_read < len(raw):
-                return True  # the pipeline says what is wrong with the file
-            if not rows_fit(widened(raw, tensor.dtype).reshape(count, n_per_row), exact=tensor.dtype == "BF16"):
+        for chunk in chunks(rows, CHUNK_WEIGHTS):
+            values = np.empty((chunk.n_rows, rows.n_per_row), np.float32)
+            reader.fill(rows, chunk.first, values)
+            if not rows_fit(values, exact=exact):
                 return False
-    except OSError:
+    except Gguf3nError:
         return True
-    finally:
-        files.close()
     return True
 
 
@@ -66,14 +58,3 @@ def rows_fit(rows: NDArray[np.float32], *, exact: bool) -> bool:
     # float64: the squares of a row of denormals vanish in float32
     squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
     return bool((error_squares <= MAX_ROW_ERROR**2 * squares).all())
-
-
-def widened(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Bytes of a dtype of FLOAT_DTYPES as float32 values."""
-    match dtype:
-        case "F32":
-            return raw.view("<f4")
-        case "F16":
-            return raw.view("<f2").astype(np.float32)
-        case _:
-            return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)

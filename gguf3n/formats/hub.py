@@ -37,7 +37,7 @@ from gguf3n.formats.checkpoint import (
     read_tensor_table,
     weight_map,
 )
-from gguf3n.formats.source import SourceTensor
+from gguf3n.formats.rows import Stored
 
 SMALL_FILES = (
     "config.json",
@@ -154,7 +154,7 @@ def fetch_checkpoint(
     return FetchedCheckpoint(directory, repo_id, revision, commit, tuple(weight_files), from_cache)
 
 
-def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, SourceTensor]:
+def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, Stored]:
     """The tensors of a checkpoint whose weights may still be on the Hub; only the headers are fetched.
 
     Exact: equal to `read_tensor_table` of the directory once the weights are there. Each shard is imitated by a file of
@@ -178,7 +178,9 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
         except CheckpointError as error:
             what = error.what.replace(folder, checkpoint.repo_id)
             raise CheckpointError(what, expected=error.expected, found=error.found, fix=error.fix) from error
-    return {name: replace(tensor, path=checkpoint.directory / tensor.path.name) for name, tensor in table.items()}
+    return {
+        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name) for name, tensor in table.items()
+    }
 
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> list[str]:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from gguf3n.errors import CheckpointError, UsageError
 from gguf3n.formats.checkpoint import read_header
-from gguf3n.formats.source import SourceTensor
+from gguf3n.formats.rows import Stored
 from gguf3n.formats.whole_file import WholeFile
 
 FORMAT = "gguf3n.logprobs/1"
@@ -182,7 +182,7 @@ def _open_safetensors(path: Path) -> SavedLogprobs:
             ids, rows = tensors["token_ids"], tensors["logprobs"]
             if _fit(ids, rows):
                 file.seek(ids.offset)
-                token_ids = _token_ids(path, file.read(ids.n_bytes), ids.shape, rows.shape[-1])
+                token_ids = _token_ids(path, file.read(ids.stored_bytes), ids.shape, rows.shape[-1])
                 texts = {str(name): str(value) for name, value in metadata.items()}
                 return SavedLogprobs(path, token_ids, rows.shape[-1], texts, False, rows.offset)
     raise UsageError(
@@ -192,7 +192,7 @@ def _open_safetensors(path: Path) -> SavedLogprobs:
     )
 
 
-def _fit(ids: SourceTensor, rows: SourceTensor) -> bool:
+def _fit(ids: Stored, rows: Stored) -> bool:
     if any(tensor.dtype != DTYPES[tensor.name] for tensor in (ids, rows)) or len(ids.shape) != 2:
         return False
     n_chunks, n_ctx = ids.shape

@@ -190,15 +190,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(directory: Path) -> Config:
-    """Read and check `config.json`.
-
-    Raises: SourceError where there is none; ConfigError for another model or a value that can't be.
-    """
+def load_config(directory: Path) -> dict[str, Any]:
+    """The content of `config.json`. Raises: SourceError where there is none; ConfigError."""
     path = directory / "config.json"
     if not path.is_file():
         raise SourceError(f"{path}: missing", expected="the directory of a Hugging Face checkpoint of Gemma 3n")
-    return parse_config(read_json(path), path)
+    return read_json(path)
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> Config:
@@ -206,6 +203,8 @@ def parse_config(raw: dict[str, Any], path: Path) -> Config:
 
     Args:
         path: named in errors.
+
+    Raises: ConfigError for another model or a value that can't be.
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:

@@ -10,8 +10,8 @@ from gguf.constants import Keys
 from gguf3n.errors import MappingError, SourceError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile
-from gguf3n.gemma3n.metadata import ARCH
-from gguf3n.gemma3n.tensors import Storage, target_name, written_order
+from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.text import ARCH, written_order
 
 
 def types_by_storage(gguf: GGUFFile, origin: str) -> Mapping[Storage, Mapping[str, QType]]:
@@ -27,7 +27,7 @@ def types_by_storage(gguf: GGUFFile, origin: str) -> Mapping[Storage, Mapping[st
     n_layers = 1 + max(bids, default=-1)
     types: dict[Storage, dict[str, QType]] = {storage: {} for storage in Storage}
     for rule, bid in written_order(n_layers):
-        name = target_name(rule, bid)
+        name = rule.name(bid)
         if name not in gguf.tensors:
             raise MappingError(f"{origin}: tensor {name!r} is missing", expected=f"it, in a model of {n_layers} layers")
         types[rule.storage][name] = gguf.tensors[name].qtype

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gguf3n.errors import QuantizationError
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.imatrix import ImportanceMatrix
-from gguf3n.gemma3n.model import Model
-from gguf3n.gemma3n.tensors import Storage
+from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.part import Part
 
 NAMES_SHOWN = 3
 
@@ -35,13 +35,13 @@ class Importance:
     notices: tuple[str, ...]
 
 
-def match_importance(imatrix: ImportanceMatrix, model: Model) -> Importance:
+def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
     """Check every entry against the model's tensors.
 
     Raises: QuantizationError for a file that was made for another model: no name that matches, or a length that does
         not fit.
     """
-    tensors = {tensor.name: tensor for tensor in model.tensors}
+    tensors = {tensor.name: tensor for tensor in part.tensors}
     unknown = [name for name in imatrix.entries if name not in tensors]
     if len(unknown) == len(imatrix.entries):
         raise QuantizationError(
@@ -66,7 +66,7 @@ def match_importance(imatrix: ImportanceMatrix, model: Model) -> Importance:
         if not (entry.counts > 0).all():
             uncounted.append(name)
         weights[name] = np.ascontiguousarray(entry.quant_weights.reshape(-1))
-    wanted = [t.name for t in model.tensors if t.storage is Storage.QUANTIZABLE and t.bid is not None and t.evaluated]
+    wanted = [t.name for t in part.tensors if t.storage is Storage.QUANTIZABLE and t.bid is not None and t.evaluated]
     lacking = [name for name in wanted if name not in weights]
     notices = []
     for names, what in (

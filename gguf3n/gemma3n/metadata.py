@@ -1,6 +1,6 @@
-"""GGUF keys of a Gemma 3n: what is written, with which value type, from where.
+"""GGUF keys that every file of a model has: what it is called, how it is quantized, its tokenizer.
 
-`KEYS` is the table of the model's own keys. The general.* keys come from the gguf package's reading of the model card,
+The general.* keys come from the gguf package's reading of the model card,
 generation_config.json and the name, so they are those of llama.cpp's converter.
 
 Source: set_gguf_parameters of Gemma3NModel and its bases in llama.cpp's conversion/.
@@ -9,23 +9,20 @@ Source: set_gguf_parameters of Gemma3NModel and its bases in llama.cpp's convers
 from __future__ import annotations
 
 import os
+import re
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
-from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, Keys, LlamaFileType
+from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 
 from gguf3n.errors import ConfigError
-from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, Value
+from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_writer import pack_value
-from gguf3n.gemma3n.config import SLIDING, Config, read_json
+from gguf3n.gemma3n.config import read_json
 from gguf3n.gemma3n.gguf_package import silenced
 from gguf3n.gemma3n.tokenizer import Vocabulary
-
-ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.GEMMA3N]
 
 U32, F32, BOOL, STRING, ARRAY, I32 = (
     GGUFValueType.UINT32,
@@ -37,61 +34,19 @@ U32, F32, BOOL, STRING, ARRAY, I32 = (
 )
 
 
-@dataclass(frozen=True)
-class Key:
-    """One row of the table: key, value type (of the elements, for an array), where the value comes from."""
-
-    name: str
-    type: GGUFValueType
-    value: Callable[[Config], Value]
-    is_array: bool = False
-
-
-def sparsity_scales(config: Config) -> list[float]:
-    """How many standard deviations above the mean an FFN activation must be to survive, for each layer.
-
-    Source: the inverse normal distribution of the share that is zeroed; -inf where none is.
-    """
-    normal = NormalDist()
-    return [normal.inv_cdf(share) if share else float("-inf") for share in config.activation_sparsity_pattern]
-
-
-KEYS: tuple[Key, ...] = (
-    Key(Keys.LLM.BLOCK_COUNT, U32, lambda c: c.num_hidden_layers),
-    Key(Keys.LLM.CONTEXT_LENGTH, U32, lambda c: c.max_position_embeddings),
-    Key(Keys.LLM.EMBEDDING_LENGTH, U32, lambda c: c.hidden_size),
-    Key(Keys.LLM.FEED_FORWARD_LENGTH, I32, lambda c: c.intermediate_size, is_array=True),
-    Key(Keys.Attention.HEAD_COUNT, U32, lambda c: c.num_attention_heads),
-    Key(Keys.Attention.HEAD_COUNT_KV, U32, lambda c: c.num_key_value_heads),
-    Key(Keys.Rope.FREQ_BASE, F32, lambda c: c.rope_theta),
-    Key(Keys.Rope.FREQ_BASE_SWA, F32, lambda c: c.rope_local_base_freq),
-    Key(Keys.Attention.LAYERNORM_RMS_EPS, F32, lambda c: c.rms_norm_eps),
-    Key(Keys.Attention.KEY_LENGTH, U32, lambda c: c.head_dim),
-    Key(Keys.Attention.VALUE_LENGTH, U32, lambda c: c.head_dim),
-    Key(Keys.LLM.FINAL_LOGIT_SOFTCAPPING, F32, lambda c: c.final_logit_softcapping),
-    Key(Keys.Attention.SLIDING_WINDOW, U32, lambda c: c.sliding_window),
-    Key(Keys.LLM.ALTUP_ACTIVE_IDX, U32, lambda c: c.altup_active_idx),
-    Key(Keys.LLM.ALTUP_NUM_INPUTS, U32, lambda c: c.altup_num_inputs),
-    Key(Keys.LLM.EMBD_LENGTH_PER_LAYER_INP, U32, lambda c: c.hidden_size_per_layer_input),
-    Key(Keys.Attention.SHARED_KV_LAYERS, U32, lambda c: c.num_kv_shared_layers),
-    Key(Keys.LLM.ACTIVATION_SPARSITY_SCALE, F32, sparsity_scales, is_array=True),
-    Key(
-        Keys.Attention.SLIDING_WINDOW_PATTERN,
-        BOOL,
-        lambda c: [kind == SLIDING for kind in c.layer_types],
-        is_array=True,
-    ),
-)
+REPLACED_KEYS = re.compile(r"general\.(file_type|quantization_version)|split\..+|quantize\.imatrix\..+")
+"""Keys that say how a file is quantized or split: not taken over from a GGUF file that is a source."""
 
 NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_label")
 """What the gguf package guesses from a directory's name; a Hub id says it better."""
 
 
-def general_keys(directory: Path, repo_id: str | None, n_weights: int) -> list[KeyValue]:
+def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int) -> list[KeyValue]:
     """The general.* keys, from the model card, generation_config.json, config.json and the name.
 
     Args:
         repo_id: the Hub id the directory was fetched from; its directory's name is a commit hash.
+        arch: general.architecture.
         n_weights: of all tensors written, for the size label.
 
     Raises: ConfigError if the model card's front matter or generation_config.json can't be read.
@@ -111,7 +66,7 @@ def general_keys(directory: Path, repo_id: str | None, n_weights: int) -> list[K
                 setattr(metadata, field, getattr(named, field))
         metadata.name = metadata.name or directory.name
         metadata.size_label = metadata.size_label or gguf.size_label(n_weights, 0, 0, 0)
-        writer = gguf.GGUFWriter(None, ARCH)
+        writer = gguf.GGUFWriter(None, arch)
         writer.add_type(gguf.GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)
     except Exception as error:
@@ -140,18 +95,6 @@ def _general_key(name: str, kind: GGUFValueType, value: Any, generation: Path) -
             found=repr(value)[:80],
         ) from error
     return key
-
-
-def model_keys(config: Config) -> list[KeyValue]:
-    """The gemma3n.* keys."""
-    keys = []
-    for key in KEYS:
-        name = key.name.format(arch=ARCH)
-        if key.is_array:
-            keys.append(KeyValue(name, ARRAY, key.value(config), key.type))
-        else:
-            keys.append(KeyValue(name, key.type, key.value(config)))
-    return keys
 
 
 def file_keys(ftype: LlamaFileType) -> list[KeyValue]:

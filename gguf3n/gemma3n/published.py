@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from gguf3n.formats.rows import Zeros
 from gguf3n.gemma3n.config import FULL, SLIDING, Config
-from gguf3n.gemma3n.tensors import MappedTensor, Missing, Rows, dimensions, target_name, written_order
+from gguf3n.gemma3n.mapping import MappedTensor
+from gguf3n.gemma3n.text import table
 
 
 def _published(n_layers: int, n_kv_shared: int, ffn: int) -> Config:
@@ -44,10 +46,9 @@ PUBLISHED: Mapping[str, Config] = {"E2B": _published(30, 10, 8192), "E4B": _publ
 def outline(config: Config) -> tuple[MappedTensor, ...]:
     """The tensors that a checkpoint of this config becomes, without the checkpoint: every row a zero."""
     tensors = []
-    for rule, bid in written_order(config.num_hidden_layers):
-        sizes = dimensions(config, bid)
-        shape = tuple(sizes[word] for word in rule.shape)
-        evaluated = rule.missing is Missing.ERROR or bid is None or not config.is_kv_shared(bid)
-        rows = (Rows(None, math.prod(shape[:-1])),)
-        tensors.append(MappedTensor(target_name(rule, bid), shape, rule.storage, bid, rows, evaluated))
+    known = table(config)
+    for rule, bid in known.order:
+        shape = known.shape(rule.shape, bid)
+        rows = (Zeros(math.prod(shape[:-1]), shape[-1]),)
+        tensors.append(MappedTensor(rule.name(bid), shape, rule.storage, bid, rows, known.evaluated(rule, bid)))
     return tuple(tensors)

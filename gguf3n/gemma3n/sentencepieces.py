@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from gguf.constants import TokenType
 
-from gguf3n.gemma3n.config import read_config
-from gguf3n.gemma3n.tokenizer import read_vocabulary
+from gguf3n.gemma3n.source import Checkpoint
 
 WHOLE = (TokenType.CONTROL, TokenType.UNKNOWN)
 
@@ -23,12 +21,12 @@ class SentencePieces:
     Raises: SourceError or a class below it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, source: Checkpoint) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.vocabulary = read_vocabulary(directory, read_config(directory))
+        self.vocabulary = source.vocabulary
         self._processor = SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto((directory / "tokenizer.model").read_bytes())
+        self._processor.LoadFromSerializedProto((source.path / "tokenizer.model").read_bytes())
         n_pieces = self._processor.vocab_size()
         self._whole = {
             text: i

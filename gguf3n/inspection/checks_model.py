@@ -10,8 +10,8 @@ from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFKey
 from gguf3n.gemma3n.config import LLAMA_CPP_FIXED
-from gguf3n.gemma3n.metadata import ARCH, KEYS
-from gguf3n.gemma3n.tensors import Storage
+from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.text import ARCH, KEYS
 from gguf3n.inspection.subject import N_KV_LAYERS, OPTIONAL_TENSORS, SIZE_KEYS, TABLES, Subject
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES
 

@@ -6,7 +6,7 @@ not finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_reader import GGUFTensor
 from gguf3n.inspection.subject import Subject
+from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
 CHUNK_BYTES = 1 << 23
@@ -58,7 +59,7 @@ class TensorFacts:
     any_set: bool = False
 
 
-def scan(subject: Subject, progress: Callable[[int, int], None] | None = None) -> dict[str, TensorFacts]:
+def scan(subject: Subject, progress: OnProgress | None = None) -> dict[str, TensorFacts]:
     """Read every tensor once. Big-endian files are left out: their words would have to be turned.
 
     Raises: GGUFError where the file ends early.
@@ -66,7 +67,7 @@ def scan(subject: Subject, progress: Callable[[int, int], None] | None = None) -
     if subject.gguf.byte_order != "little":
         return {}
     total = sum(tensor.n_bytes for tensor in subject.gguf.tensors.values())
-    done = 0
+    meter = Meter("reading tensors", "bytes", total, progress)
     facts: dict[str, TensorFacts] = {}
     for tensor in subject.gguf.tensors.values():
         fact = facts[tensor.name] = TensorFacts()
@@ -74,9 +75,7 @@ def scan(subject: Subject, progress: Callable[[int, int], None] | None = None) -
         step = max(CHUNK_BYTES // block_bytes, 1) * block_bytes
         for start in range(0, tensor.n_bytes, step):
             _look(tensor.qtype, np.frombuffer(subject.gguf.read(tensor, start, step), np.uint8), fact)
-            done += min(step, tensor.n_bytes - start)
-            if progress is not None:
-                progress(done, total)
+            meter.advance(min(step, tensor.n_bytes - start))
     return facts
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import Keys
-from numpy.typing import NDArray
 
-from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
+from gguf3n.formats.rows import RowReader, Stored, chunks
+from gguf3n.progress import Meter, OnProgress
 
 CHUNK_BYTES = 1 << 22
 VOCABULARY = (Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES, Keys.Tokenizer.TOKEN_TYPE)
@@ -77,25 +78,22 @@ def diff(
     b: str | Path | GGUFFile,
     *,
     with_data: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Difference:
     """Compare two files.
 
     Args:
         a, b: as for `open_gguf`, or what it returned.
         with_data: compare the tensors' bytes, and the values where they differ.
-        progress: called with the bytes compared and to be compared.
+        progress: called after each tensor, in bytes.
 
     Raises: GGUFError; HubError.
     """
     a, b = (each if isinstance(each, GGUFFile) else open_gguf(each) for each in (a, b))
+    with closing(RowReader()) as reader:
+        tensors = tuple(_tensors(a, b, with_data, reader, progress))
     return Difference(
-        (a.name, b.name),
-        tuple(_keys(a, b)),
-        tuple(_tokens(a, b)),
-        tuple(_tensors(a, b, with_data, progress)),
-        tuple(_layout(a, b)),
-        with_data,
+        (a.name, b.name), tuple(_keys(a, b)), tuple(_tokens(a, b)), tensors, tuple(_layout(a, b)), with_data
     )
 
 
@@ -150,10 +148,10 @@ def _columns(gguf: GGUFFile) -> list[tuple[Any, ...]]:
 
 
 def _tensors(
-    a: GGUFFile, b: GGUFFile, with_data: bool, progress: Callable[[int, int], None] | None
+    a: GGUFFile, b: GGUFFile, with_data: bool, reader: RowReader, progress: OnProgress | None
 ) -> Iterator[TensorChange]:
     changes: list[TensorChange] = []
-    total, done = sum(tensor.n_bytes for tensor in a.tensors.values()), 0
+    meter = Meter("comparing", "bytes", sum(tensor.n_bytes for tensor in a.tensors.values()), progress)
     for name in dict.fromkeys((*a.tensors, *b.tensors)):
         x, y = a.tensors.get(name), b.tensors.get(name)
         types = (x.qtype.name if x else None, y.qtype.name if y else None)
@@ -164,12 +162,11 @@ def _tensors(
             if same and a.byte_order == b.byte_order:
                 same = _same_bytes(a, x, b, y)
             if not same and a.byte_order == b.byte_order == "little":
-                error = relative_error(a, x, b, y)
+                error = relative_error(a.stored(x), b.stored(y), reader)
         if not same:
             changes.append(TensorChange(name, types, shapes, error))
-        if progress is not None and x is not None:
-            done += x.n_bytes
-            progress(done, total)
+        if x is not None:
+            meter.advance(x.n_bytes)
     yield from (
         sorted(changes, key=lambda change: -np.inf if change.error is None else -change.error) if with_data else changes
     )
@@ -181,38 +178,25 @@ def _same_bytes(a: GGUFFile, x: GGUFTensor, b: GGUFFile, y: GGUFTensor) -> bool:
     )
 
 
-def relative_error(a: GGUFFile, x: GGUFTensor, b: GGUFFile, y: GGUFTensor) -> float | None:
+def relative_error(x: Stored, y: Stored, reader: RowReader) -> float | None:
     """Of two tensors of one shape, a few rows at a time; None where a type can't be dequantized.
 
     Shapes: x and y have the same.
     """
-    n_per_row = x.shape[-1]
-    n_rows = x.n_weights // max(n_per_row, 1)
-    step = max(CHUNK_BYTES // (4 * max(n_per_row, 1)), 1)
     squares = differences = 0.0
     try:
-        for row in range(0, n_rows, step):
-            n = min(step, n_rows - row)
-            first = _values(a, x, row, n).astype(np.float64)
-            second = _values(b, y, row, n).astype(np.float64)
-            differences += float(np.square(first - second).sum())
-            squares += float(np.square(first).sum())
+        for chunk in chunks(x):
+            first, second = (np.empty((chunk.n_rows, x.n_per_row), np.float32) for _ in range(2))
+            reader.fill(x, chunk.first, first)
+            reader.fill(y, chunk.first, second)
+            exact = first.astype(np.float64)
+            differences += float(np.square(exact - second).sum())
+            squares += float(np.square(exact).sum())
     except NotImplementedError:
         return None
     if differences == 0:
         return 0.0
     return float(np.sqrt(differences / squares)) if squares else float("inf")
-
-
-def _values(gguf: GGUFFile, tensor: GGUFTensor, row: int, n: int) -> NDArray[np.float32]:
-    from gguf.quants import dequantize
-
-    n_bytes = row_bytes(tensor.qtype, tensor.shape[-1])
-    raw = np.frombuffer(gguf.read(tensor, row * n_bytes, n * n_bytes), np.uint8).reshape(n, n_bytes)
-    if tensor.qtype in (QType.F32, QType.F16):
-        return raw.view("<f4" if tensor.qtype is QType.F32 else "<f2").astype(np.float32)
-    values: NDArray[np.float32] = dequantize(raw, tensor.qtype)
-    return values
 
 
 def _layout(a: GGUFFile, b: GGUFFile) -> Iterator[str]:

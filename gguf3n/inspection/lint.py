@@ -21,6 +21,7 @@ from gguf3n.inspection import checks_model as model
 from gguf3n.inspection import checks_vocabulary as vocabulary
 from gguf3n.inspection import deep
 from gguf3n.inspection.subject import Subject
+from gguf3n.progress import OnProgress
 
 MAX_FINDINGS = 1000
 """Of one check: a file can have as many faults as it has tensors."""
@@ -53,6 +54,15 @@ class Check:
     group: Group
     find: Callable[[Subject], Iterator[str]]
 
+    @property
+    def label(self) -> str:
+        """As in "error", "warning" and "note"."""
+        return self.severity.name.lower()
+
+    def as_dict(self) -> dict[str, str]:
+        """The row of the table that is not code."""
+        return {"id": self.id, "severity": self.label, "meaning": self.meaning, "fix": self.fix}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -60,6 +70,10 @@ class Finding:
 
     check: Check
     found: str
+
+    def as_dict(self) -> dict[str, str]:
+        """With its check's row of the table."""
+        return {**self.check.as_dict(), "found": self.found}
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ DATA_CHECKS: tuple[Check, ...] = tuple(
 CHECKS: tuple[Check, ...] = (*LAYOUT_CHECKS, *MODEL_CHECKS, *DATA_CHECKS)
 
 
-def lint(source: str | Path, *, with_data: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
+def lint(source: str | Path, *, with_data: bool = False, progress: OnProgress | None = None) -> Report:
     """Check a file, local or remote.
 
     Args:
@@ -216,11 +230,16 @@ def lint(source: str | Path, *, with_data: bool = False, progress: Callable[[int
     except GGUFError as error:
         if not is_remote(source) and not Path(source).is_file():
             raise
-        return Report(str(source), (Finding(UNREADABLE, error.one_line),), 1, "the header is unreadable")
+        return unreadable(str(source), error)
     return lint_file(gguf, with_data=with_data, progress=progress)
 
 
-def lint_file(gguf: GGUFFile, *, with_data: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
+def unreadable(name: str, error: GGUFError) -> Report:
+    """What lint says of a file whose header can't be read."""
+    return Report(name, (Finding(UNREADABLE, error.one_line),), 1, "the header is unreadable")
+
+
+def lint_file(gguf: GGUFFile, *, with_data: bool = False, progress: OnProgress | None = None) -> Report:
     """Check a file that is open, as `open_gguf(..., strict=False)` gives it."""
     subject = Subject(gguf)
     findings = _run(LAYOUT_CHECKS, subject)

@@ -18,8 +18,8 @@ from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_draft import Draft, DraftTensor, grown
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, open_part
-from gguf3n.gemma3n.metadata import ARCH
-from gguf3n.gemma3n.tensors import Storage
+from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.text import ARCH
 from gguf3n.gemma3n.tokenizer import BYTE_PIECE, UNUSED_SCORE
 from gguf3n.inspection import checks_model as model
 from gguf3n.inspection import checks_vocabulary as vocabulary

@@ -2,7 +2,7 @@
 
     largest, mean, std, kurtosis    of the finite weights; kurtosis is the population's, in excess of the normal's 3
     zeros                           weights that are exactly zero, of either sign
-    f16 overflow                    magnitudes above 65504, which float16 has not
+    f16 overflow                    magnitudes above 65504, the largest float16
     f16 zero                        weights other than zero, of 2^-25 or less, that float16 rounds to zero
     f16 subnormal                   weights between that and 2^-14, which float16 keeps as multiples of 2^-24 only
     largest sum                     of a convolution: see `Risk`
@@ -19,9 +19,8 @@ SAND2008-6212, 2008, for the third and fourth moments.
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import reduce
@@ -32,17 +31,16 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from gguf3n.errors import GGUFError, SourceError, UsageError
+from gguf3n.errors import UsageError
 from gguf3n.formats.byte_source import is_remote
-from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_layout import QType
-from gguf3n.formats.gguf_reader import open_gguf
-from gguf3n.formats.half import F16_MAX, F16_TINY, widened
-from gguf3n.formats.hub import fetch_checkpoint, is_repo_id
-from gguf3n.formats.offset_files import OffsetFiles
-from gguf3n.formats.source import DTYPE_BYTES, FLOAT_DTYPES, SourceTensor
+from gguf3n.formats.half import F16_MAX, F16_TINY
+from gguf3n.formats.hub import is_repo_id
+from gguf3n.formats.rows import DTYPE_BYTES, FLOAT_DTYPES, Chunk, RowReader, SourceTensor, Stored
+from gguf3n.gemma3n.source import Source, open_source
 from gguf3n.inspection.network import Kind, Place, kind, place
-from gguf3n.pipeline import default_threads, run_workers
+from gguf3n.progress import Meter, OnProgress
+from gguf3n.workers import default_threads, run_workers
 
 HISTOGRAM_WEIGHTS = 1 << 18
 """Of one chunk of a 16-bit type.
@@ -259,71 +257,45 @@ def f16_risks(statistics: Statistics) -> list[Risk]:
 
 
 def measure_statistics(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     revision: str | None = None,
     threads: int | None = None,
     show_progress: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Statistics:
     """The statistics of all tensors.
 
     Args:
-        source: a checkpoint directory, a Hub id (its weights are fetched), or a local GGUF file, also any part of a
-            split one.
+        source: a checkpoint directory, a Hub id (its weights are fetched), a local GGUF file, also any part of a split
+            one, or a Source.
         revision: branch, tag or commit of a Hub id.
         show_progress: show huggingface_hub's progress bars.
-        progress: called from the calling thread with bytes done and bytes in total.
+        progress: called from the calling thread, in bytes.
 
     Raises: UsageError for a GGUF file on a server, of which every byte would have to be fetched; SourceError or a class
         below it, GGUFError, HubError.
     """
-    origin, tensors, error = _tensors(source, revision, show_progress)
-    readable, skipped = [], []
-    for tensor in tensors:
-        reason = _unreadable(tensor.dtype)
-        if reason is None:
-            readable.append(tensor)
-        else:
-            skipped.append(Skipped(tensor.name, tensor.dtype, tensor.shape, reason))
-    work = _Work(readable, error)
-
-    def report() -> None:
-        if progress is not None:
-            progress(work.done_bytes, work.total_bytes)
-
-    with closing(work.files):
-        run_workers(work.loop, threads or default_threads(), work.stop, report)
-    return Statistics(origin, tuple(work.results[i] for i in range(len(readable))), tuple(skipped))
-
-
-def _tensors(
-    source: str | Path, revision: str | None, show_progress: bool
-) -> tuple[str, list[SourceTensor], type[SourceError] | type[GGUFError]]:
-    """What the source is called, its tensors in network order, and the error of one that can't be read."""
-    if is_repo_id(str(source)):
-        fetched = fetch_checkpoint(str(source), revision, progress=show_progress)
-        return fetched.repo_id, _in_order(read_tensor_table(fetched.directory).values()), SourceError
-    if revision is not None:
-        raise UsageError(f"--revision is for Hub ids; {source} is a local path", fix="leave --revision out")
-    if is_remote(source):
+    if isinstance(source, str) and is_remote(source) and not is_repo_id(source):
         raise UsageError(
             f"{source}: statistics need every weight", expected="a local file", fix="download the file first"
         )
-    if os.path.isdir(source):
-        return str(source), _in_order(read_tensor_table(Path(source)).values()), SourceError
-    gguf = open_gguf(source)
-    if gguf.byte_order != "little":
-        raise GGUFError(f"{source}: big-endian", expected="a little-endian file")
-    found = [
-        SourceTensor(tensor.name, tensor.qtype.name, tensor.shape, Path(gguf.parts[tensor.part].name), tensor.offset)
-        for tensor in gguf.tensors.values()
-    ]
-    return str(source), _in_order(found), GGUFError
+    opened = open_source(source, revision=revision, show_progress=show_progress)
+    readable, skipped = [], []
+    for tensor in sorted(opened.tensors.values(), key=lambda tensor: place(tensor.name).rank):
+        reasons = [reason for dtype in sorted(tensor.dtypes) if (reason := _unreadable(dtype)) is not None]
+        if reasons:
+            skipped.append(Skipped(tensor.name, _dtype(tensor), tensor.shape, reasons[0]))
+        else:
+            readable.append(tensor)
+    work = _Work(readable, progress)
+    with closing(work.reader):
+        run_workers(work.loop, threads or default_threads(), work.stop, work.meter.report)
+    return Statistics(opened.origin, tuple(work.results[i] for i in range(len(readable))), tuple(skipped))
 
 
-def _in_order(tensors: Iterable[SourceTensor]) -> list[SourceTensor]:
-    return sorted(tensors, key=lambda tensor: place(tensor.name).rank)
+def _dtype(tensor: SourceTensor) -> str:
+    return ", ".join(sorted(tensor.dtypes))
 
 
 def _unreadable(dtype: str) -> str | None:
@@ -342,18 +314,18 @@ def _unreadable(dtype: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Consecutive bytes of a tensor: whole blocks, and of a convolution whole output channels."""
+class _Part:
+    """Some rows of a tensor, by its number and theirs. `channel_rows` make up an output channel of a convolution."""
 
     tensor: int
     number: int
-    start: int
-    n_bytes: int
+    chunk: Chunk
+    channel_rows: int | None
 
 
 @dataclass
 class _Pending:
-    """A tensor of which chunks are left."""
+    """A tensor of which parts are left."""
 
     n_left: int
     histogram: NDArray[np.int64] | None
@@ -362,90 +334,92 @@ class _Pending:
 
 
 class _Work:
-    """The chunks that are left, shared by the workers, and what a worker does with one."""
+    """The parts that are left, shared by the workers, and what a worker does with one."""
 
-    def __init__(self, tensors: Sequence[SourceTensor], error: type[SourceError] | type[GGUFError]) -> None:
+    def __init__(self, tensors: Sequence[SourceTensor], progress: OnProgress | None) -> None:
         self.tensors = tensors
-        self.error = error
         self.results: dict[int, TensorStatistics] = {}
-        self.files = OffsetFiles("r")
+        self.reader = RowReader()
         self.stop = threading.Event()
-        self.done_bytes = 0
-        self.total_bytes = sum(tensor.n_bytes for tensor in tensors)
+        n_bytes = sum(rows.stored_bytes for tensor in tensors for rows in tensor.rows)
+        self.meter = Meter("reading tensors", "bytes", n_bytes, progress)
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
-        self._chunks = self._cut()
+        self._parts = self._cut()
 
-    def _cut(self) -> Iterator[_Chunk]:
+    def _cut(self) -> Iterator[_Part]:
         for index, tensor in enumerate(self.tensors):
-            block_size, block_bytes = GGML_QUANT_SIZES[QType[tensor.dtype]]
-            unit = block_size
-            if kind(tensor.name, tensor.shape) is Kind.CONVOLUTION:
-                unit = math.prod(tensor.shape[1:])
-            is_16_bit = tensor.dtype in ("BF16", "F16")
-            n_units = max((HISTOGRAM_WEIGHTS if is_16_bit else FLOAT_WEIGHTS) // unit, 1)
-            step = n_units * unit // block_size * block_bytes
-            starts = range(0, max(tensor.n_bytes, 1), step)
-            histogram = np.zeros(1 << 16, np.int64) if is_16_bit else None
-            self._pending[index] = _Pending(len(starts), histogram)
-            for number, start in enumerate(starts):
-                yield _Chunk(index, number, start, min(step, tensor.n_bytes - start))
+            is_histogram = tensor.dtypes in ({"BF16"}, {"F16"}) and all(
+                isinstance(rows, Stored) for rows in tensor.rows
+            )
+            n_weights = HISTOGRAM_WEIGHTS if is_histogram else FLOAT_WEIGHTS
+            is_convolution = kind(tensor.name, tensor.shape) is Kind.CONVOLUTION
+            parts = []
+            for rows in tensor.rows:
+                channel_rows = math.prod(tensor.shape[1:-1]) if is_convolution else None
+                if isinstance(rows, Stored):  # its rows are of whatever length is best
+                    unit = math.prod(tensor.shape[1:]) if is_convolution else GGML_QUANT_SIZES[QType[rows.dtype]][0]
+                    rows, channel_rows = rows.in_rows_of(max(unit, 1)), 1 if is_convolution else None
+                step = max(n_weights // max(rows.n_per_row, 1), channel_rows or 1)
+                step -= step % (channel_rows or 1)
+                starts = range(0, max(rows.n_rows, 1), step)
+                parts += [(Chunk(rows, start, min(step, rows.n_rows - start)), channel_rows) for start in starts]
+            histogram = np.zeros(1 << 16, np.int64) if is_histogram else None
+            self._pending[index] = _Pending(len(parts), histogram)
+            for number, (chunk, channel_rows) in enumerate(parts):
+                yield _Part(index, number, chunk, channel_rows)
 
     def loop(self) -> None:
-        """Take chunks until none is left or another worker failed."""
+        """Take parts until none is left or another worker failed."""
         while not self.stop.is_set():
             with self._lock:
-                chunk = next(self._chunks, None)
-            if chunk is None:
+                part = next(self._parts, None)
+            if part is None:
                 return
-            self._look(chunk)
+            self._look(part)
 
-    def _look(self, chunk: _Chunk) -> None:
-        tensor = self.tensors[chunk.tensor]
-        pending = self._pending[chunk.tensor]
-        raw = np.empty(chunk.n_bytes, np.uint8)
-        self.files.fill(tensor.path, tensor.offset + chunk.start, raw, tensor=tensor.name, error=self.error)
+    def _look(self, work: _Part) -> None:
+        chunk = work.chunk
+        pending = self._pending[work.tensor]
         counts = part = None
         largest_sum = 0.0
-        if kind(tensor.name, tensor.shape) is Kind.CONVOLUTION:
-            largest_sum = _largest_sum(_values(raw, tensor.dtype).reshape(-1, math.prod(tensor.shape[1:])))
-        if pending.histogram is not None:
+        values = np.empty((chunk.n_rows, chunk.rows.n_per_row), np.float32)
+        if pending.histogram is not None and isinstance(chunk.rows, Stored):
+            raw = self.reader.read_stored(chunk.rows, chunk.first, chunk.n_rows)
             counts = np.bincount(raw.view("<u2"), minlength=1 << 16)
+            if work.channel_rows is not None:
+                self.reader.widen(chunk.rows.dtype, raw, values.reshape(-1))
         else:
-            part = Part.of(_values(raw, tensor.dtype), largest_sum=largest_sum)
+            self.reader.fill(chunk.rows, chunk.first, values)
+        if work.channel_rows is not None:
+            largest_sum = _largest_sum(values.reshape(chunk.n_rows // work.channel_rows, -1))
+        if counts is None:
+            part = Part.of(values.reshape(-1), largest_sum=largest_sum)
+        self.meter.add(chunk.stored_bytes if chunk.rows.n_rows else 0)
         with self._lock:
-            self.done_bytes += chunk.n_bytes
             pending.n_left -= 1
             if part is not None:
-                pending.parts[chunk.number] = part
+                pending.parts[work.number] = part
             if counts is not None and pending.histogram is not None:
                 pending.histogram += counts
                 pending.largest_sum = max(pending.largest_sum, largest_sum)
             complete = pending.n_left == 0
         if complete:
-            self._finish(chunk.tensor)
+            self._finish(work.tensor)
 
     def _finish(self, index: int) -> None:
-        """The statistics of a tensor of which all chunks are there; what they were made of is dropped."""
+        """The statistics of a tensor of which all parts are there; what they were made of is dropped."""
         tensor, pending = self.tensors[index], self._pending.pop(index)
         if pending.histogram is None:
             part = reduce(Part.merged, (pending.parts[number] for number in sorted(pending.parts)))
         else:
             used = np.flatnonzero(pending.histogram)
-            values = _values(used.astype(np.uint16).view(np.uint8), tensor.dtype)
+            values = np.empty(len(used), np.float32)
+            self.reader.widen(_dtype(tensor), used.astype("<u2").view(np.uint8), values)
             part = Part.of(values, pending.histogram[used], pending.largest_sum)
         self.results[index] = TensorStatistics(
-            tensor.name, tensor.dtype, tensor.shape, place(tensor.name), kind(tensor.name, tensor.shape), part
+            tensor.name, _dtype(tensor), tensor.shape, place(tensor.name), kind(tensor.name, tensor.shape), part
         )
-
-
-def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """The float32 values of whole blocks."""
-    if dtype in FLOAT_DTYPES:
-        return widened(raw, dtype)
-    with np.errstate(all="ignore"):  # scales that are not finite
-        values: NDArray[np.float32] = dequantize(raw.reshape(1, -1), QType[dtype]).reshape(-1)
-    return values
 
 
 def _largest_sum(channels: NDArray[np.float32]) -> float:

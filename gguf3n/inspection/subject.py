@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFTensor
-from gguf3n.gemma3n.metadata import ARCH, model_keys
+from gguf3n.gemma3n.mapping import Missing, Rule
 from gguf3n.gemma3n.published import PUBLISHED
-from gguf3n.gemma3n.tensors import Missing, Rule, target_name, written_order
+from gguf3n.gemma3n.text import ARCH, model_keys, written_order
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
 MAX_LAYERS = 512
@@ -122,7 +122,7 @@ class Subject:
     @cached_property
     def wanted(self) -> dict[str, tuple[Rule, int | None]]:
         """Every tensor that a Gemma 3n of so many layers has."""
-        return {target_name(rule, bid): (rule, bid) for rule, bid in written_order(self.n_layers)}
+        return {rule.name(bid): (rule, bid) for rule, bid in written_order(self.n_layers)}
 
     def is_idle(self, name: str) -> bool:
         """Whether a tensor is one of the keys and values of KV-shared layers, which nobody evaluates."""

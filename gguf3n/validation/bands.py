@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from gguf3n.formats.gguf_layout import QType
-from gguf3n.formats.source import FLOAT_DTYPES
+from gguf3n.formats.rows import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.gemma3n.tensors import MappedTensor
+from gguf3n.formats.rows import Values
+from gguf3n.gemma3n.mapping import MappedTensor
 from gguf3n.validation.bands import HOLDS, Spread
 from gguf3n.validation.evidence import Evidence
 from gguf3n.validation.weights import Pair, WeightReader
-from gguf3n.validation.yardsticks import Rows, error, row_errors
+from gguf3n.validation.yardsticks import error, row_errors
 
 MAX_ROWS = 8
 """That are compared with what a fault would have made."""
@@ -45,11 +46,11 @@ class Suspect:
     tensors: Sequence[MappedTensor]
 
     @property
-    def x(self) -> Rows:
+    def x(self) -> Values:
         return self.evidence.x
 
     @property
-    def q(self) -> Rows:
+    def q(self) -> Values:
         return self.evidence.q
 
     @property
@@ -57,7 +58,7 @@ class Suspect:
         """The relative error of rows that can have been made from one another."""
         return min(NEAR * self.evidence.own_error + EXACT, EVEN_SO)
 
-    def fits(self, y: Rows, q: Rows | None = None) -> bool:
+    def fits(self, y: Values, q: Values | None = None) -> bool:
         """Whether the file's rows can have been made from these."""
         return error(y, self.q if q is None else q) <= self.near
 
@@ -133,7 +134,7 @@ def _other_rows(suspect: Suspect) -> str | None:
     return f"its rows in another order: row {row} is the source's row {place}"
 
 
-def _places(suspect: Suspect, q: Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _places(suspect: Suspect, q: Values) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Which rows of the source these are nearest to, and whether they fit."""
     best = np.full(len(q), np.inf)
     places = np.zeros(len(q), np.int64)

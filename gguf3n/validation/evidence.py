@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.formats.gguf_layout import QType, row_bytes
+from gguf3n.formats.rows import Values
 from gguf3n.validation.bands import FEW, HOLDS, MARGIN, ROW_RATIO, Spread
 from gguf3n.validation.weights import Pair, dequantize_into
-from gguf3n.validation.yardsticks import PerRow, Rows, error, misplaced, row_errors
+from gguf3n.validation.yardsticks import PerRow, error, misplaced, row_errors
 
 UNRELATED = 0.25
 """Rows whose cosine, and whose share of equal signs less that of others, are both below are strangers.
@@ -31,9 +32,9 @@ class Evidence:
     """
 
     rows: NDArray[np.int64]
-    x: Rows
-    q: Rows
-    own: Rows
+    x: Values
+    q: Values
+    own: Values
     errors: PerRow
     own_errors: PerRow
     misplaced: PerRow
@@ -80,9 +81,9 @@ class Evidence:
 def examine(
     pair: Pair,
     rows: NDArray[np.int64],
-    x: Rows,
+    x: Values,
     blocks: NDArray[np.uint8],
-    q: Rows,
+    q: Values,
     quant_weights: NDArray[np.float32] | None,
     allowed: Spread,
     *,
@@ -111,8 +112,8 @@ def examine(
 
 
 def requantize(
-    x: Rows, qtype: QType, quant_weights: NDArray[np.float32] | None = None
-) -> tuple[NDArray[np.uint8], Rows]:
+    x: Values, qtype: QType, quant_weights: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.uint8], Values]:
     """The blocks and the values that our quantizer makes of rows; all columns weigh the same where none are given and
     the type needs some."""
     from gguf3n.quants import QUANTIZERS
@@ -134,7 +135,7 @@ def negligible(qtype: QType) -> float:
     return 0.0 if qtype in HOLDS else NEGLIGIBLE
 
 
-def idle_columns(x: Rows, q: Rows) -> NDArray[np.bool_]:
+def idle_columns(x: Values, q: Values) -> NDArray[np.bool_]:
     """Columns that are zero in every row of the file and not in the source; none if all are.
 
     Why: blocks whose columns the importance matrix counts nothing for become zero in llama.cpp's quantizers.
@@ -144,7 +145,7 @@ def idle_columns(x: Rows, q: Rows) -> NDArray[np.bool_]:
     return idle if len(x) >= MIN_ROWS_FOR_COLUMNS and (idle != used).any() else np.zeros_like(idle)
 
 
-def _unrelated(x: Rows, q: Rows) -> NDArray[np.bool_]:
+def _unrelated(x: Values, q: Values) -> NDArray[np.bool_]:
     with np.errstate(all="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64) * np.einsum("ij,ij->i", q, q, dtype=np.float64))
         cosine = np.einsum("ij,ij->i", x, q, dtype=np.float64) / lengths

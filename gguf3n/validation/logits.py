@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,23 @@ from numpy.typing import NDArray
 
 from gguf3n.engines.llama_cpp import Engine, LlamaServer
 from gguf3n.engines.llama_process import LlamaProcess
-from gguf3n.engines.memory import check_memory, gigabytes, models_needs
+from gguf3n.engines.memory import SMALLER_STAGES, Alternative, check_memory, gigabytes, models_needs, source_need
 from gguf3n.engines.reference import Reference, check_device
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import QType
-from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
 from gguf3n.formats.logprobs import SavedLogprobs, open_logprobs, rows_bytes, scored_positions, write_logprobs
 from gguf3n.formats.whole_file import check_output, check_space
-from gguf3n.gemma3n.config import read_config
-from gguf3n.gemma3n.tensors import Storage
+from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
 from gguf3n.inspection.subject import Subject
+from gguf3n.progress import Meter, OnProgress
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.result import Problem, StageResult, Verdict
+from gguf3n.validation.document import Block, Table, Text
+from gguf3n.validation.options import N_CTX, ValidationOptions
+from gguf3n.validation.result import Problem, Stage, StageResult, Verdict
 from gguf3n.validation.texts import built_in_text
-
-N_TOKENS = 1024
-"""Read by both engines unless told otherwise; half of them are scored."""
-N_CTX = 512
 
 MIN_CTX = 4
 """A chunk that has a second half."""
@@ -137,95 +136,119 @@ class LogitsResult(StageResult):
     n_vocab: int
     """Tokens that are compared."""
 
+    def lines(self) -> list[str]:
+        found = self.divergence
+        return [
+            f"mean KL {found.mean:.3g} nats, at most {self.limits.good:.3g} for {self.base_qtype.name}",
+            f"median {found.median:.3g}, 95th {found.p95:.3g}, 99th {found.p99:.3g}, max {found.maximum:.3g}",
+            f"top-1 {found.top1_agreement:.1%}, top-5 {found.top5_agreement:.1%}",
+            f"perplexity {found.candidate_perplexity:.4g}, reference {found.reference_perplexity:.4g}",
+            f"{found.n_positions:,} positions, tokens {self.n_chunks} x {self.n_ctx}",
+        ]
 
-def check_logits(
-    path: Path,
-    reference: Path,
-    *,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> LogitsResult:
-    """Run both models over a text and compare what they expect to come next.
+    def details(self) -> dict[str, Any]:
+        return {
+            "divergence": asdict(self.divergence),
+            "limits": asdict(self.limits),
+            "base_qtype": self.base_qtype.name,
+            "engine": self.engine,
+            "reference": self.reference,
+            "n_ctx": self.n_ctx,
+            "n_chunks": self.n_chunks,
+            "n_vocab": self.n_vocab,
+        }
 
-    Args:
-        options: those of `prepare_logits`.
-        threads: of llama.cpp.
-        progress: called with the scored positions that are done, of both models, and to be done.
+    def blocks(self, *, with_pictures: bool) -> Iterator[Block]:
+        yield Text(
+            f"{self.engine} with this file against {self.reference}: {self.n_chunks:,} chunks of {self.n_ctx:,} "
+            f"tokens, the second half of each scored, over {self.n_vocab:,} tokens. Most weights of the layers are "
+            f"{self.base_qtype.name}; a mean divergence of up to {self.limits.good:.3g} passes for it, one of up to "
+            f"{self.limits.poor:.3g} warns."
+        )
+        yield _divergence_table(self.divergence)
 
-    Raises: what `prepare_logits` and `LogitsRun.run` raise.
-    """
-    return prepare_logits(path, reference, **options).run(threads=threads, progress=progress)
+
+def _divergence_table(divergence: Divergence) -> Table:
+    rows = [
+        ("positions compared", f"{divergence.n_positions:,}"),
+        ("KL divergence, mean", f"{divergence.mean:.3g}"),
+        ("KL divergence, median", f"{divergence.median:.3g}"),
+        ("KL divergence, 95th percentile", f"{divergence.p95:.3g}"),
+        ("KL divergence, 99th percentile", f"{divergence.p99:.3g}"),
+        ("KL divergence, maximum", f"{divergence.maximum:.3g}"),
+        ("the most likely token is the same", f"{divergence.top1_agreement:.2%}"),
+        ("of the five most likely are the same", f"{divergence.top5_agreement:.2%}"),
+    ]
+    perplexities = (("the reference", divergence.reference_perplexity), ("this file", divergence.candidate_perplexity))
+    rows += [(f"perplexity of {who}", f"{value:.4f}") for who, value in perplexities if value is not None]
+    return Table(("measure (divergences in nats)", "value"), "<>", tuple(rows))
 
 
 def prepare_logits(
-    path: Path,
-    reference: Path,
-    *,
-    text: str | None = None,
-    n_tokens: int = N_TOKENS,
-    n_ctx: int = N_CTX,
-    server: str | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    save_reference: Path | None = None,
-    use_reference: Path | None = None,
-    force: bool = False,
+    candidate: Candidate,
+    reference: Source,
+    options: ValidationOptions,
     notice: Callable[[str], None] | None = None,
 ) -> LogitsRun:
     """See that both models can be run over a text, before any work is done.
 
     Args:
-        reference: a checkpoint directory, or an unquantized GGUF file.
-        text: by default the built-in one.
-        n_tokens: how much of it both read, in chunks of n_ctx.
-        server: address of a running llama-server that has loaded the file, instead of llama.cpp on this machine.
-        device, dtype: of the reference, see `Reference`.
-        save_reference: where to keep the reference's log-probabilities; a name in .kld for llama-perplexity.
-        use_reference: such a file instead of running the reference; it brings its own text.
-        force: replace the file of save_reference.
+        reference: a checkpoint, or an unquantized GGUF file.
         notice: called with a line that says what memory it takes.
 
     Raises: UsageError: options that cannot be used, too little memory, packages that are not installed. GGUFError: a
         file that cannot be read, or lacks tokens of the text. SourceError or a class below it. OutputError.
     """
-    if save_reference is not None and use_reference is not None:
-        raise UsageError("--save-reference and --use-reference exclude each other")
-    saved = None if use_reference is None else open_logprobs(use_reference)
-    if saved is None and reference.is_dir():
-        device = check_device(device, dtype)
-    if save_reference is not None:
-        check_output(save_reference, force=force)
-    running = None if server is None else LlamaServer(server)
-    gguf = open_gguf(path)
+    saved = None if options.use_reference is None else open_logprobs(options.use_reference)
+    if saved is None and isinstance(reference, Checkpoint):
+        check_device(options.device, options.dtype)
+    if options.save_reference is not None:
+        check_output(options.save_reference, force=options.force)
+    running = None if options.server is None else LlamaServer(options.server)
+    candidate.gguf.check()
+    subject = candidate.subject
     made_with = None if saved is None else saved.metadata.get("reference")
-    if notice is not None and made_with not in (None, str(reference)):
-        notice(f"{use_reference} was made with {made_with}")
-    qtype, n_vocab = base_qtype(gguf), _n_tokens(gguf)
-    context = Subject(gguf).integer(Keys.LLM.CONTEXT_LENGTH)
-    if saved is None and context is not None and n_ctx > context:
-        raise UsageError("--ctx is more than the model reads", expected=f"at most {context:,}", found=f"{n_ctx:,}")
+    if notice is not None and made_with not in (None, str(reference.path)):
+        notice(f"{options.use_reference} was made with {made_with}")
+    qtype, n_vocab = base_qtype(subject), _n_tokens(subject)
+    context = subject.integer(Keys.LLM.CONTEXT_LENGTH)
+    if saved is None and context is not None and options.n_ctx > context:
+        raise UsageError(
+            "--ctx is more than the model reads", expected=f"at most {context:,}", found=f"{options.n_ctx:,}"
+        )
     disk = ""
     if saved is None:
         n_reference_tokens = _n_reference_tokens(reference)
-        chunks = read_chunks(reference, text, n_ctx, n_tokens)
-        target = save_reference or Path(tempfile.gettempdir(), "reference.safetensors")
+        chunks = read_chunks(reference, options.text, options.n_ctx, options.n_tokens)
+        target = options.save_reference or Path(tempfile.gettempdir(), "reference.safetensors")
         n_bytes = rows_bytes(target, chunks, n_reference_tokens)
         check_space(target, n_bytes)
         disk = f"{gigabytes(n_bytes)} on the disk in {target.parent}"
     else:
         n_reference_tokens = saved.n_vocab
-        chunks = _with_begin_mark(saved, gguf)
+        chunks = _with_begin_mark(saved, subject)
     n_common = min(n_reference_tokens, n_vocab)
     if chunks.max() >= n_common:
         raise GGUFError(
-            f"{path}: its vocabulary lacks tokens of the text",
+            f"{candidate.path}: its vocabulary lacks tokens of the text",
             expected=f"more than {chunks.max():,} tokens",
             found=f"{n_common:,}",
         )
-    needs = models_needs(None if saved else reference, gguf, chunks.shape[1], dtype, server)
+    needs = models_needs(None if saved else reference, subject, chunks.shape[1], options.dtype, options.server)
     check_memory(needs, disk=disk, notice=notice)
-    return LogitsRun(gguf.path, reference, chunks, qtype, n_vocab, running, device, dtype, save_reference, saved, force)
+    return LogitsRun(candidate.gguf.path, reference, chunks, qtype, n_vocab, running, saved, options)
+
+
+def check_fits(reference: Source) -> None:
+    """See that the reference fits as it is run by default, before a file is written to be held against it.
+
+    Raises: UsageError.
+    """
+    check_memory([source_need(reference, ValidationOptions().dtype, N_CTX, LATER)])
+
+
+LATER = Alternative(f"{SMALLER_STAGES}, and for the logits gguf3n validate, with --dtype bfloat16")
+"""Where a file is still to be written and validated."""
 
 
 @dataclass(frozen=True)
@@ -233,41 +256,39 @@ class LogitsRun:
     """Two models and a text, checked. Shapes: chunks int32[n_chunks, n_ctx]."""
 
     path: Path
-    reference: Path
+    reference: Source
     chunks: NDArray[np.int32]
     qtype: QType
     n_vocab: int
     """Tokens of the file."""
     server: LlamaServer | None
-    device: str
-    dtype: str
-    save_reference: Path | None
     saved: SavedLogprobs | None
     """The reference's log-probabilities, where they are there already."""
-    force: bool
+    options: ValidationOptions
 
-    def run(self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> LogitsResult:
-        """Run the reference, then llama.cpp, and compare; arguments as for `check_logits`.
+    def run(self, progress: OnProgress | None = None) -> LogitsResult:
+        """Run the reference, then llama.cpp, and compare.
+
+        Args:
+            progress: called in scored positions of both models.
 
         Raises: GGUFError: llama.cpp does not load the file, or aborts. UsageError: the server or the device cannot.
             SourceError or a class below it. OutputError.
         """
         started = time.monotonic()
-        tick = _Ticker(progress, (1 if self.saved else 2) * _n_scored(self.chunks))
-        n_ctx = self.chunks.shape[1]
+        n_ctx, options = self.chunks.shape[1], self.options
+        n_positions = (1 if self.saved else 2) * _n_scored(self.chunks)
+        tick = Meter(Stage.LOGITS.value, "positions", n_positions, progress).advance
         with tempfile.TemporaryDirectory(prefix="gguf3n-") as temporary:
             saved = self.saved or run_reference(
                 self.reference,
                 self.chunks,
-                self.save_reference or Path(temporary) / "reference.safetensors",
-                device=self.device,
-                dtype=self.dtype,
-                force=self.force,
-                threads=threads,
-                tick=tick,
+                options.save_reference or Path(temporary) / "reference.safetensors",
+                options,
+                tick,
             )
             n_common = min(saved.n_vocab, self.n_vocab)
-            with closing(self.server or LlamaProcess(self.path, n_ctx=n_ctx, n_threads=threads)) as engine:
+            with closing(self.server or LlamaProcess(self.path, n_ctx=n_ctx, n_threads=options.threads)) as engine:
                 divergence = measure(
                     (row[:n_common] for row in saved.rows()),
                     (row[:n_common] for row in _rows(engine, self.chunks, self.n_vocab, tick)),
@@ -290,7 +311,7 @@ class LogitsRun:
         )
 
 
-def read_chunks(reference: Path, text: str | None, n_ctx: int, n_tokens: int) -> NDArray[np.int32]:
+def read_chunks(reference: Source, text: str | None, n_ctx: int, n_tokens: int) -> NDArray[np.int32]:
     """A text in chunks, by the reference's tokenizer.
 
     Shapes: `[n_chunks, n_ctx]`; n_ctx is less where there is less text, or less is wanted, than one chunk.
@@ -314,46 +335,43 @@ def read_chunks(reference: Path, text: str | None, n_ctx: int, n_tokens: int) ->
 
 
 def run_reference(
-    reference: Path,
+    reference: Source,
     chunks: NDArray[np.int32],
     target: Path,
-    *,
-    device: str = "auto",
-    dtype: str = "float32",
-    force: bool = False,
-    threads: int | None = None,
+    options: ValidationOptions,
     tick: Callable[[], None] = lambda: None,
 ) -> SavedLogprobs:
-    """Run the reference over chunks into a file; see `prepare_logits`.
+    """Run the reference over chunks into a file.
 
     Shapes: chunks `[n_chunks, n_ctx]`.
     """
     n_vocab = _n_reference_tokens(reference)
     engine: Reference | LlamaProcess
-    if reference.is_dir():
-        engine = Reference(reference, device=device, dtype=dtype)
+    dtype = options.dtype
+    if isinstance(reference, GGUFSource):
+        path, dtype = reference.gguf.path, "float32"
+        engine = LlamaProcess(path, n_ctx=chunks.shape[1], n_threads=options.threads)
     else:
-        engine, dtype = LlamaProcess(open_gguf(reference).path, n_ctx=chunks.shape[1], n_threads=threads), "float32"
+        engine = Reference(reference, device=options.device, dtype=dtype)
     with closing(engine):
-        metadata = {"reference": str(reference), "engine": engine.name, "dtype": dtype}
-        with write_logprobs(target, chunks, n_vocab, metadata=metadata, force=force) as writer:
+        metadata = {"reference": str(reference.path), "engine": engine.name, "dtype": dtype}
+        with write_logprobs(target, chunks, n_vocab, metadata=metadata, force=options.force) as writer:
             for row in _rows(engine, chunks, n_vocab, tick):
                 writer.add(row)
     return open_logprobs(target)
 
 
-def base_qtype(gguf: GGUFFile) -> QType:
+def base_qtype(subject: Subject) -> QType:
     """The type of most weights of the layers' matrices that are evaluated.
 
     Raises: GGUFError: there is none.
     """
-    subject = Subject(gguf)
     counts: Counter[QType] = Counter()
     for tensor, rule, bid in subject.known_tensors():
         if bid is not None and rule.storage is Storage.QUANTIZABLE and not subject.is_idle(tensor.name):
             counts[tensor.qtype] += tensor.n_weights
     if not counts:
-        raise GGUFError(f"{gguf.name}: no matrices of a Gemma 3n", expected="blk.0.attn_q.weight and others")
+        raise GGUFError(f"{subject.gguf.name}: no matrices of a Gemma 3n", expected="blk.0.attn_q.weight and others")
     return counts.most_common(1)[0][0]
 
 
@@ -382,19 +400,6 @@ def judge(divergence: Divergence, qtype: QType, limits: Limits) -> Iterator[Prob
         )
 
 
-class _Ticker:
-    """Counts positions for a progress callback."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
-        self._progress = progress
-        self._done, self._total = 0, total
-
-    def __call__(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
 def _rows(
     engine: Engine, chunks: NDArray[np.int32], n_vocab: int, tick: Callable[[], None]
 ) -> Iterator[NDArray[np.float32]]:
@@ -417,21 +422,24 @@ def _n_scored(chunks: NDArray[np.int32]) -> int:
     return len(chunks) * len(scored_positions(chunks.shape[1]))
 
 
-def _n_tokens(gguf: GGUFFile) -> int:
-    tokens = Subject(gguf).array(Keys.Tokenizer.LIST)
+def _n_tokens(subject: Subject) -> int:
+    tokens = subject.array(Keys.Tokenizer.LIST)
     if tokens is None:
-        raise GGUFError(f"{gguf.name}: no vocabulary", expected=f"the key {Keys.Tokenizer.LIST}")
+        raise GGUFError(f"{subject.gguf.name}: no vocabulary", expected=f"the key {Keys.Tokenizer.LIST}")
     return len(tokens)
 
 
-def _n_reference_tokens(reference: Path) -> int:
-    return read_config(reference).vocab_size if reference.is_dir() else _n_tokens(open_gguf(reference))
+def _n_reference_tokens(reference: Source) -> int:
+    if isinstance(reference, GGUFSource):
+        return _n_tokens(Subject(reference.gguf))
+    assert isinstance(reference, Checkpoint), reference
+    return reference.config.vocab_size
 
 
-def _with_begin_mark(saved: SavedLogprobs, gguf: GGUFFile) -> NDArray[np.int32]:
+def _with_begin_mark(saved: SavedLogprobs, subject: Subject) -> NDArray[np.int32]:
     """The chunks as they were read: llama-perplexity puts the begin mark in their first place, but not in its file."""
     chunks = saved.token_ids.copy()
-    begin = Subject(gguf).integer(Keys.Tokenizer.BOS_ID)
+    begin = subject.integer(Keys.Tokenizer.BOS_ID)
     if saved.is_kld and begin is not None:
         chunks[:, 0] = begin
     return chunks

@@ -5,13 +5,19 @@ structure   keys, tensor table, layout                                        li
 tensors     every weight, dequantized                                         the source's weights
 tokens      llama.cpp's token ids for texts in many scripts and for a chat    the reference tokenizer's
 logits      llama.cpp's next-token distributions                              the reference model's
+
+stages.py has a row for each of them.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gguf3n.validation.document import Block
 
 
 class Stage(enum.Enum):
@@ -50,7 +56,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What each stage's own result adds to. Units: seconds."""
+    """What each stage's own result adds to, and how it is printed. Units: seconds."""
 
     problems: tuple[Problem, ...]
     seconds: float
@@ -58,3 +64,30 @@ class StageResult:
     @property
     def verdict(self) -> Verdict:
         return worst(problem.verdict for problem in self.problems)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader should know that is no fault."""
+        return ()
+
+    def lines(self) -> list[str]:
+        """What was measured, in a few lines for a terminal."""
+        return ["could not be run"]
+
+    def blocks(self, *, with_pictures: bool) -> Iterator[Block]:
+        """The same for a page, in full."""
+        return iter(())
+
+    def details(self) -> dict[str, Any]:
+        """The same for programs, in full."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that was found."""
+        problems = [{**asdict(problem), "verdict": problem.verdict.value} for problem in self.problems]
+        return {
+            "verdict": self.verdict.value,
+            "seconds": round(self.seconds, 3),
+            "problems": problems,
+            **self.details(),
+        }

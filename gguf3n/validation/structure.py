@@ -25,7 +25,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,13 +32,16 @@ from gguf.constants import Keys, TokenType
 from numpy.typing import NDArray
 
 from gguf3n.engines.reference_tokenizers import ADDS
-from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
-from gguf3n.gemma3n.metadata import ARCH
-from gguf3n.gemma3n.model import Model
+from gguf3n.errors import GGUFError
+from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.gemma3n.part import Part
+from gguf3n.gemma3n.text import ARCH
 from gguf3n.inspection import lint
 from gguf3n.inspection.checks_model import REQUIRED
 from gguf3n.inspection.checks_vocabulary import END_OF_TURN, SPECIAL_IDS
 from gguf3n.inspection.subject import MAX_LAYERS, Subject
+from gguf3n.validation.candidate import Candidate
+from gguf3n.validation.document import Block, Text
 from gguf3n.validation.result import Problem, StageResult, Verdict
 
 TOLERANCE = 1e-6
@@ -112,18 +114,30 @@ class StructureResult(StageResult):
 
     lint: lint.Report
 
+    def lines(self) -> list[str]:
+        return [f"{self.lint.n_checks} checks; keys and vocabulary against the source's"]
 
-def check_structure(path: Path, source: Model) -> StructureResult:
-    """Hold a file's keys and vocabulary against those that its source makes.
+    def details(self) -> dict[str, Any]:
+        return {"findings": [finding.as_dict() for finding in self.lint.findings]}
 
-    Raises: GGUFError for a file that is not there. One whose header can't be read is a problem.
+    def blocks(self, *, with_pictures: bool) -> Iterator[Block]:
+        counts = ", ".join(f"{self.lint.count(severity)} {severity.name.lower()}s" for severity in lint.Severity)
+        yield Text(f"{self.lint.n_checks} checks: {counts}.")
+
+
+def check_structure(candidate: Candidate, source: Part) -> StructureResult:
+    """Hold a file's keys and vocabulary against those that its source makes. A header that can't be read is a problem.
+
+    Raises: GGUFError for a file that is not there.
     """
     started = time.perf_counter()
-    report = lint.lint(path)
-    problems = list(_linted(report))
-    if all(finding.check is not lint.UNREADABLE for finding in report.findings):
-        problems += _compare(open_gguf(path, strict=False), source)
-    return StructureResult(tuple(problems), time.perf_counter() - started, report)
+    try:
+        report = lint.lint_file(candidate.gguf)
+    except GGUFError as error:
+        report = lint.unreadable(str(candidate.path), error)
+        return StructureResult(tuple(_linted(report)), time.perf_counter() - started, report)
+    problems = (*_linted(report), *_compare(candidate.subject, source))
+    return StructureResult(problems, time.perf_counter() - started, report)
 
 
 SEVERITIES: Mapping[lint.Severity, Verdict] = {
@@ -145,8 +159,9 @@ def _linted(report: lint.Report) -> Iterator[Problem]:
             yield Problem(SEVERITIES[check.severity], check.id, what)
 
 
-def _compare(gguf: GGUFFile, source: Model) -> Iterator[Problem]:
+def _compare(subject: Subject, source: Part) -> Iterator[Problem]:
     """The file's keys against the source's."""
+    gguf = subject.gguf
     architecture = gguf.keys.get(Keys.General.ARCHITECTURE)
     if architecture is None or architecture.value != ARCH:
         found = "none" if architecture is None else architecture.value
@@ -155,7 +170,7 @@ def _compare(gguf: GGUFFile, source: Model) -> Iterator[Problem]:
     expected = {key.name: key.value for key in source.keys}
     if all(_key(name) in gguf.keys for name in REQUIRED):
         yield from _model_keys(gguf, expected)
-    yield from _vocabulary(gguf, expected)
+    yield from _vocabulary(subject, expected)
     yield from _special_tokens(gguf, expected)
     yield from _chat_template(gguf, expected.get(Keys.Tokenizer.CHAT_TEMPLATE))
 
@@ -226,12 +241,11 @@ class _Tokens:
     scores: NDArray[np.float32]
 
 
-def _vocabulary(gguf: GGUFFile, expected: Values) -> Iterator[Problem]:
-    names = Keys.Tokenizer
+def _vocabulary(subject: Subject, expected: Values) -> Iterator[Problem]:
+    gguf, names = subject.gguf, Keys.Tokenizer
     if names.MODEL in gguf.keys and names.MODEL in expected and gguf.value(names.MODEL) != expected[names.MODEL]:
         yield _fail(names.MODEL, expected[names.MODEL], gguf.value(names.MODEL))
         return
-    subject = Subject(gguf)
     a = _tokens(*(expected.get(name, ()) for name in (names.LIST, names.TOKEN_TYPE, names.SCORES)))
     b = _tokens(subject.tokens, subject.token_types, subject.scores)
     if not len(a.types) or not len(b.types):

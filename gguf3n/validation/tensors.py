@@ -20,23 +20,24 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.errors import GGUFError, Interrupted
+from gguf3n.errors import Interrupted
 from gguf3n.formats.gguf_layout import QType
-from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
-from gguf3n.gemma3n.model import Model
-from gguf3n.gemma3n.tensors import MappedTensor
-from gguf3n.pipeline import CHUNK_WEIGHTS, Chunk, cut, default_threads, run_workers
+from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, Values
+from gguf3n.gemma3n.mapping import MappedTensor
+from gguf3n.gemma3n.part import Part
+from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.validation.bands import BANDS, HOLDS, MARGIN, Spread, expected_error, limits
 from gguf3n.validation.diagnosis import MAX_ROWS, Suspect, diagnose
 from gguf3n.validation.evidence import Evidence, examine, requantize
-from gguf3n.validation.result import Problem, StageResult, Verdict
-from gguf3n.validation.weights import Pair, WeightReader, dequantize_into
+from gguf3n.validation.result import Problem, Stage, Verdict
+from gguf3n.validation.tensor_errors import TensorError, TensorsResult
+from gguf3n.validation.weights import Pair, WeightReader, dequantize_into, tensor_chunks
 from gguf3n.validation.yardsticks import (
     ERROR,
     FOUND,
@@ -47,10 +48,10 @@ from gguf3n.validation.yardsticks import (
     SOURCE,
     PerRow,
     Rounding,
-    Rows,
     relative,
     sum_rows,
 )
+from gguf3n.workers import default_threads, run_workers
 
 SAMPLE_WEIGHTS = 1 << 17
 """Of each tensor, quantized again."""
@@ -79,80 +80,28 @@ ROUTES: tuple[tuple[QType, str, Verdict | None], ...] = (
 """Types that a file may have been converted by way of; how bad that is."""
 
 
-@dataclass(frozen=True)
-class TensorError:
-    """How far a tensor is from its source.
-
-    `rms_error` and `worst_row_error` are relative to the root mean square of the weights, `expected` is the band of the
-    first that the type reaches; `max_error` is absolute. `ratio` is the error of the sampled rows over that of our own
-    quantizer without an importance matrix, `misplaced` the share of their weights that do not lie where the source's
-    would (see yardsticks), `identical` whether their bytes are those of our quantizer.
-    """
-
-    name: str
-    qtype: QType
-    bid: int | None
-    shape: tuple[int, ...]
-    rms_error: float
-    max_error: float
-    cosine: float
-    expected: tuple[float, float]
-    worst_row: int
-    worst_row_error: float
-    ratio: float
-    misplaced: float
-    identical: bool
-
-    @property
-    def excess(self) -> float:
-        """The error over the most that is expected; 0 where there is none."""
-        if self.rms_error == 0:
-            return 0.0
-        return self.rms_error / self.expected[1] if self.expected[1] else math.inf
-
-
-@dataclass(frozen=True)
-class TensorsResult(StageResult):
-    """What was found of all tensors.
-
-    `errors` are those of the tensors that are evaluated, worst first: those with problems, then by `excess`.
-    `weighted`: the file's keys say that an importance matrix was used. `notes` are no faults.
-    """
-
-    errors: tuple[TensorError, ...]
-    weighted: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def n_identical(self) -> int:
-        """Tensors whose sampled rows have the bytes that our quantizer makes of the source."""
-        return sum(error.identical for error in self.errors)
-
-
 def check_tensors(
-    path: Path,
-    source: Model,
+    gguf: GGUFFile,
+    source: Part,
     *,
     threads: int | None = None,
     quant_weights: Mapping[str, NDArray[np.float32]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> TensorsResult:
     """Compare every tensor of a file with its source.
 
     Args:
+        gguf: as `open_gguf(path, strict=False)` gives it.
         quant_weights: importances that the file was quantized with, by tensor, where they are at hand: it is then
             judged as sharply as one without.
-        progress: called from the calling thread about ten times a second, with the weights compared and to be compared.
+        progress: called from the calling thread, in weights.
 
     Raises: GGUFError for a file that can't be read; CheckpointError for such a source; Interrupted on Ctrl-C.
     """
     started = time.monotonic()
-    gguf = open_gguf(path, strict=False)
-    if gguf.byte_order != "little":
-        raise GGUFError(f"{path}: big-endian", expected="a little-endian file")
     weighted = any(name.startswith(IMATRIX_KEYS) for name in gguf.keys)
     with ExitStack() as stack:
-        reader = WeightReader(gguf)
+        reader = WeightReader()
         stack.callback(reader.close)
         problems: list[Problem] = []
         notes: list[str] = []
@@ -166,7 +115,7 @@ def check_tensors(
         faulty = sum(outcome.fault is not None for outcome in outcomes)
         if faulty > len(outcomes) / 2:
             what = f"{faulty} of {len(outcomes)} tensors are not the source's: was the file made from it?"
-            problems.insert(0, Problem(Verdict.FAIL, path.name, what))
+            problems.insert(0, Problem(Verdict.FAIL, gguf.path.name, what))
         problems += _faults(outcomes, judge, source.tensors)
         problems += _warnings(outcomes)
     errors = [outcome.error for outcome in outcomes if outcome.pair.source.evaluated]
@@ -206,7 +155,7 @@ def _match(
         what = f"shape {_times(found.shape)}, the source's is {_times(tensor.shape)}"
         problems.append(Problem(Verdict.FAIL, tensor.name, what))
         return None
-    pair = Pair(tensor, found, min(n_rows, tensor.n_rows))
+    pair = Pair(tensor, found, gguf.stored(found), min(n_rows, tensor.n_rows))
     return _without_padding(pair, n_rows, reader, problems, notes) if is_table else pair
 
 
@@ -236,7 +185,7 @@ def _without_padding(
     return replace(pair, n_rows=max(n_source, n_file))
 
 
-def _unpadded(n_rows: int, pad: Rows, read: Callable[[NDArray[np.int64]], Rows]) -> int:
+def _unpadded(n_rows: int, pad: Values, read: Callable[[NDArray[np.int64]], Values]) -> int:
     """Rows without those at the end that are padding."""
     rows = np.arange(max(n_rows - MAX_PADDING, 1), n_rows)
     used = n_rows
@@ -277,17 +226,12 @@ def _compare(
     reader: WeightReader,
     judge: _Judge,
     threads: int,
-    progress: Callable[[int, int], None] | None,
+    progress: OnProgress | None,
 ) -> list[_Outcome]:
     """All tensors, in the order of the source."""
-    work = _Work(pairs, reader, judge)
-
-    def report() -> None:
-        if progress is not None:
-            progress(work.done_weights, work.total_weights)
-
+    work = _Work(pairs, reader, judge, progress)
     try:
-        run_workers(work.loop, threads, work.stop, report)
+        run_workers(work.loop, threads, work.stop, work.meter.report)
     except KeyboardInterrupt:
         raise Interrupted("interrupted") from None
     return [work.outcomes[index] for index in range(len(pairs))]
@@ -296,7 +240,7 @@ def _compare(
 class _Work:
     """The chunks that are left, shared by the workers; who ends a tensor, judges it."""
 
-    def __init__(self, pairs: Sequence[Pair], reader: WeightReader, judge: _Judge) -> None:
+    def __init__(self, pairs: Sequence[Pair], reader: WeightReader, judge: _Judge, progress: OnProgress | None) -> None:
         self.pairs = pairs
         self.reader = reader
         self.judge = judge
@@ -306,17 +250,18 @@ class _Work:
         self.sums: dict[int, NDArray[np.float64]] = {}
         self.rows_left = [pair.n_rows for pair in pairs]
         self.outcomes: dict[int, _Outcome] = {}
-        self.done_weights = 0
-        self.total_weights = sum(pair.n_rows * pair.source.n_per_row for pair in pairs)
+        n_weights = sum(pair.n_rows * pair.source.n_per_row for pair in pairs)
+        self.meter = Meter(Stage.TENSORS.value, "weights", n_weights, progress)
 
-    def _cut(self) -> Iterator[Chunk]:
-        """Without rows that are not compared; makes room for a tensor's sums when its first chunk is taken."""
-        for chunk in cut([pair.source for pair in self.pairs]):
-            n_rows = min(chunk.n_rows, self.pairs[chunk.tensor].n_rows - chunk.first_row)
-            if n_rows > 0:
-                if chunk.tensor not in self.sums:
-                    self.sums[chunk.tensor] = np.empty((self.pairs[chunk.tensor].n_rows, N_SUMS))
-                yield replace(chunk, n_rows=n_rows)
+    def _cut(self) -> Iterator[tuple[int, int, Chunk]]:
+        """The tensor's number, the chunk's first row in it, and the chunk, without rows that are not compared; makes
+        room for a tensor's sums when its first chunk is taken."""
+        for index, pair in enumerate(self.pairs):
+            self.sums[index] = np.empty((pair.n_rows, N_SUMS))
+            for first_row, chunk in tensor_chunks(pair.source):
+                n_rows = min(chunk.n_rows, pair.n_rows - first_row)
+                if n_rows > 0:
+                    yield index, first_row, replace(chunk, n_rows=n_rows)
 
     def loop(self) -> None:
         """Take chunks until none is left."""
@@ -324,26 +269,35 @@ class _Work:
         buffers = np.empty(largest, np.float32), np.empty(largest, np.float32), np.empty(4 * largest, np.uint8)
         while not self.stop.is_set():
             with self.lock:
-                chunk = next(self.chunks, None)
-            if chunk is None:
+                taken = next(self.chunks, None)
+            if taken is None:
                 return
-            self.compare(chunk, *buffers)
+            index, first_row, chunk = taken
+            self.compare(self.pairs[index], first_row, chunk, self.sums[index], *buffers)
+            self.meter.add(chunk.n_weights)
             with self.lock:
-                self.done_weights += chunk.n_rows * self.pairs[chunk.tensor].source.n_per_row
-                self.rows_left[chunk.tensor] -= chunk.n_rows
-                sums = None if self.rows_left[chunk.tensor] else self.sums.pop(chunk.tensor)
+                self.rows_left[index] -= chunk.n_rows
+                sums = None if self.rows_left[index] else self.sums.pop(index)
             if sums is not None:
-                self.outcomes[chunk.tensor] = self.judge.judge(self.pairs[chunk.tensor], sums)
+                self.outcomes[index] = self.judge.judge(self.pairs[index], sums)
 
-    def compare(self, chunk: Chunk, x: NDArray[np.float32], q: NDArray[np.float32], raw: NDArray[np.uint8]) -> None:
-        pair = self.pairs[chunk.tensor]
-        shape = (chunk.n_rows, pair.source.n_per_row)
-        x, q = (values[: math.prod(shape)].reshape(shape) for values in (x, q))
-        blocks = raw[: chunk.n_rows * pair.row_bytes].reshape(chunk.n_rows, -1)
-        self.reader.read_source(chunk.source, chunk.source_row, x)
-        self.reader.file_bytes(pair, chunk.first_row, blocks)
+    def compare(
+        self,
+        pair: Pair,
+        first_row: int,
+        chunk: Chunk,
+        sums: NDArray[np.float64],
+        x: NDArray[np.float32],
+        q: NDArray[np.float32],
+        raw: NDArray[np.uint8],
+    ) -> None:
+        """Sum up the rows of one chunk."""
+        x, q = (values[: chunk.n_weights].reshape(chunk.n_rows, -1) for values in (x, q))
+        blocks = raw[: chunk.n_rows * pair.stored.row_bytes].reshape(chunk.n_rows, -1)
+        self.reader.reader.fill(chunk.rows, chunk.first, x)
+        self.reader.file_bytes(pair, first_row, blocks)
         dequantize_into(blocks, pair.qtype, q)
-        sum_rows(x, q, self.sums[chunk.tensor][chunk.first_row : chunk.first_row + chunk.n_rows])
+        sum_rows(x, q, sums[first_row : first_row + chunk.n_rows])
 
 
 class _Judge:

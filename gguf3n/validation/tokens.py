@@ -18,12 +18,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from gguf.constants import Keys
 
 from gguf3n.engines.reference_tokenizers import Chat, LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
 from gguf3n.errors import GGUFError, TokenizerError
+from gguf3n.gemma3n.source import Source
+from gguf3n.validation.candidate import Candidate
+from gguf3n.validation.document import Block, Text
 from gguf3n.validation.result import Problem, StageResult, Verdict
 from gguf3n.validation.texts import CASES, CHATS, Case, built_in_text
 
@@ -58,6 +61,15 @@ class TokensResult(StageResult):
     n_texts: int
     n_tokens: int
 
+    def lines(self) -> list[str]:
+        return [f"{self.n_texts} texts, {self.n_tokens:,} tokens"]
+
+    def details(self) -> dict[str, Any]:
+        return {"n_texts": self.n_texts, "n_tokens": self.n_tokens}
+
+    def blocks(self, *, with_pictures: bool) -> Iterator[Block]:
+        yield Text(f"{self.n_texts:,} texts, {self.n_tokens:,} tokens by the reference's count.")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -68,11 +80,8 @@ class Comparison:
     found: list[int]
 
 
-def check_tokens(path: Path, reference: Path) -> TokensResult:
+def check_tokens(candidate: Candidate, reference: Source) -> TokensResult:
     """Hold llama.cpp's token ids for a file against those of a reference.
-
-    Args:
-        reference: a checkpoint directory, or a GGUF file.
 
     Raises: UsageError: a package is not installed. SourceError or a class below it, GGUFError: the reference can't be
         read.
@@ -84,7 +93,7 @@ def check_tokens(path: Path, reference: Path) -> TokensResult:
         problems: list[Problem] = []
         compared: list[Comparison] = []
         try:
-            with closing(LlamaCppTokenizer(path)) as found:
+            with closing(LlamaCppTokenizer(candidate.subject)) as found:
                 compared = [Comparison(name, ids, found.encode(text)) for name, text, ids in texts]
                 for name, chat, text in chats:
                     outcome = _check_chat(name, chat, text, expected, found)

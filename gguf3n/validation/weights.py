@@ -6,29 +6,27 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from gguf3n.engines import ggml
-from gguf3n.errors import GGUFError, UsageError
-from gguf3n.formats.gguf_layout import QType, row_bytes
-from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor
-from gguf3n.formats.offset_files import OffsetFiles
-from gguf3n.formats.source import SourceTensor
-from gguf3n.gemma3n.tensors import MappedTensor
-from gguf3n.pipeline import SourceReader, cut
-from gguf3n.validation.yardsticks import Rows
+from gguf3n.errors import UsageError
+from gguf3n.formats.gguf_layout import QType
+from gguf3n.formats.gguf_reader import GGUFTensor
+from gguf3n.formats.rows import Chunk, RowReader, Stored, Values, chunks
+from gguf3n.gemma3n.mapping import MappedTensor
+from gguf3n.pipeline import compiled_widen
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of the file and its source. The first `n_rows` of both are compared."""
+    """A tensor of the file and its source. The first `n_rows` of both are compared; `stored` is the file's."""
 
     source: MappedTensor
     found: GGUFTensor
+    stored: Stored
     n_rows: int
 
     @property
@@ -39,72 +37,63 @@ class Pair:
     def qtype(self) -> QType:
         return self.found.qtype
 
-    @property
-    def row_bytes(self) -> int:
-        """Of the file."""
-        return row_bytes(self.found.qtype, self.source.n_per_row)
-
 
 class WeightReader:
     """Reads rows of both sides. Close it."""
 
-    def __init__(self, gguf: GGUFFile) -> None:
-        self.paths = [Path(part.name) for part in gguf.parts]
-        self.files = OffsetFiles("r")
-        self.reader = SourceReader()
+    def __init__(self) -> None:
+        self.reader = RowReader(compiled_widen())
 
-    def read_source(self, source: SourceTensor | None, first_row: int, out: Rows) -> None:
-        """Consecutive rows of one source tensor, zeros where it is None. Shapes: out [n_rows, n_per_row]."""
-        if source is None:
-            out[:] = 0
-            return
-        raw = np.empty(len(out) * source.row_bytes, np.uint8)
-        self.reader.read(source, first_row, raw)
-        self.reader.widen(source.dtype, raw, out.reshape(-1))
-
-    def source_rows(self, tensor: MappedTensor, rows: NDArray[np.int64]) -> Rows:
-        """These rows."""
+    def source_rows(self, tensor: MappedTensor, rows: NDArray[np.int64]) -> Values:
+        """These rows of the source."""
         out = np.empty((len(rows), tensor.n_per_row), np.float32)
         first = 0
         for piece in tensor.rows:
             here = np.flatnonzero((rows >= first) & (rows < first + piece.n_rows))
             for place, row, n_rows in _runs(rows[here] - first):
                 into = here[place]
-                self.read_source(piece.source, row, out[into : into + n_rows])
+                self.reader.fill(piece, row, out[into : into + n_rows])
             first += piece.n_rows
         return out
 
-    def source_chunks(self, tensor: MappedTensor) -> Iterator[tuple[int, Rows]]:
+    def source_chunks(self, tensor: MappedTensor) -> Iterator[tuple[int, Values]]:
         """All rows, some at a time, each time with the number of the first."""
-        for chunk in cut([tensor]):
+        for first, chunk in tensor_chunks(tensor):
             out = np.empty((chunk.n_rows, tensor.n_per_row), np.float32)
-            self.read_source(chunk.source, chunk.source_row, out)
-            yield chunk.first_row, out
+            self.reader.fill(chunk.rows, chunk.first, out)
+            yield first, out
 
     def file_bytes(self, pair: Pair, first_row: int, out: NDArray[np.uint8]) -> None:
-        """The bytes of consecutive rows. Raises: GGUFError."""
-        offset = pair.found.offset + first_row * pair.row_bytes
-        self.files.fill(self.paths[pair.found.part], offset, out, tensor=pair.name, error=GGUFError)
+        """The bytes of consecutive rows of the file. Raises: GGUFError."""
+        self.reader.copy_stored(pair.stored, first_row, out)
 
     def blocks(self, pair: Pair, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """These rows as they are in the file. Shapes: [n_rows, row_bytes]."""
-        out = np.empty((len(rows), pair.row_bytes), np.uint8)
+        out = np.empty((len(rows), pair.stored.row_bytes), np.uint8)
         for place, row, n_rows in _runs(rows):
             self.file_bytes(pair, row, out[place : place + n_rows])
         return out
 
-    def values(self, blocks: NDArray[np.uint8], pair: Pair) -> Rows:
+    def values(self, blocks: NDArray[np.uint8], pair: Pair) -> Values:
         """The float32 values of rows of the file."""
         out = np.empty((len(blocks), pair.source.n_per_row), np.float32)
         dequantize_into(blocks, pair.qtype, out)
         return out
 
     def close(self) -> None:
-        self.files.close()
         self.reader.close()
 
 
-def dequantize_into(blocks: NDArray[np.uint8], qtype: QType, out: Rows) -> None:
+def tensor_chunks(tensor: MappedTensor) -> Iterator[tuple[int, Chunk]]:
+    """All rows of a tensor, some at a time, each time with the number of the first."""
+    first = 0
+    for rows in tensor.rows:
+        for chunk in chunks(rows):
+            yield first + chunk.first, chunk
+        first += rows.n_rows
+
+
+def dequantize_into(blocks: NDArray[np.uint8], qtype: QType, out: Values) -> None:
     """Dequantize rows: by llama.cpp's own function where xllamacpp has it, else by the gguf package.
 
     Shapes: blocks uint8[n_rows, row_bytes], out float32[n_rows, n_per_row], contiguous.

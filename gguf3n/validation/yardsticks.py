@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.formats.gguf_layout import QType
+from gguf3n.formats.rows import Values
 
-Rows = NDArray[np.float32]
-"""[n_rows, n_per_row]"""
 PerRow = NDArray[np.float64]
 """[n_rows]"""
 
@@ -68,7 +67,7 @@ CLEARLY = 1 - 1e-3
 """Another level counts as nearer from this share of the distance on. Why: ties and the rounding of scales."""
 
 
-def misplaced(x: Rows, q: Rows, qtype: QType) -> PerRow:
+def misplaced(x: Values, q: Values, qtype: QType) -> PerRow:
     """Share of each row's weights (PARITY: of its runs of eight) that break the type's rule; 0 where there is none.
 
     Why: only the levels that other weights of the block have are compared with, so no type needs to be unpacked. Few
@@ -89,7 +88,7 @@ def misplaced(x: Rows, q: Rows, qtype: QType) -> PerRow:
     return share
 
 
-def _nearer_level(x: Rows, q: Rows) -> NDArray[np.bool_]:
+def _nearer_level(x: Values, q: Values) -> NDArray[np.bool_]:
     """Whether a level of the same run is nearer. Shapes: [n_runs, run]."""
     nearest = np.full(x.shape, np.inf, np.float32)
     with np.errstate(invalid="ignore"):  # infinity less infinity
@@ -99,7 +98,7 @@ def _nearer_level(x: Rows, q: Rows) -> NDArray[np.bool_]:
     return found
 
 
-def _turned(x: Rows, q: Rows) -> NDArray[np.bool_]:
+def _turned(x: Values, q: Values) -> NDArray[np.bool_]:
     found: NDArray[np.bool_] = np.signbit(x) != np.signbit(q)
     found &= (x != 0) & (q != 0)
     return found
@@ -113,20 +112,20 @@ def relative(error: PerRow, source: PerRow) -> PerRow:
     return np.where(np.isnan(share), np.inf, share)
 
 
-def sum_rows(x: Rows, q: Rows, sums: NDArray[np.float64]) -> None:
+def sum_rows(x: Values, q: Values, sums: NDArray[np.float64]) -> None:
     """What every measure of an error is made of, in float64. Shapes: sums [n_rows, N_SUMS], columns as ERROR says."""
     from gguf3n.quants.comparison import compare_rows  # numba: only when there is something to compare
 
     compare_rows(x, q, sums)
 
 
-def row_errors(x: Rows, q: Rows) -> PerRow:
+def row_errors(x: Values, q: Values) -> PerRow:
     """||q - x|| / ||x|| of each row."""
     sums = np.empty((len(x), N_SUMS))
     sum_rows(x, q, sums)
     return relative(sums[:, ERROR], sums[:, SOURCE])
 
 
-def error(x: Rows, q: Rows) -> float:
+def error(x: Values, q: Values) -> float:
     """||q - x|| / ||x|| of all rows together."""
     return float(row_errors(x.reshape(1, -1), q.reshape(1, -1))[0])

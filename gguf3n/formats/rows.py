@@ -1,0 +1,380 @@
+"""Rows of weights, wherever they come from: a few forms, and one reader that fills float32 from any of them.
+
+    Stored     consecutive rows of a tensor in a file
+    Zeros      rows that no file has
+    View       some rows and columns of other rows: a slice of a larger model
+    LowRank    other rows with a low-rank product added: a model with an adapter
+
+A form is a value: it can be compared, is a key of a dictionary, and holds no data. A tensor of a source is a sequence
+of forms, one below the other. To add a form is to write one class with the members of `Rows`, and its test.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeAlias
+
+import numpy as np
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from gguf3n.errors import CheckpointError, Gguf3nError
+from gguf3n.formats.byte_source import ByteSource
+from gguf3n.formats.gguf_layout import QType, row_bytes
+from gguf3n.formats.offset_files import OffsetFiles
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+}  # fmt: skip
+"""Bytes of one element of each safetensors dtype; types of less than a byte are never in a checkpoint we convert."""
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""The dtypes that weights may have in a checkpoint; GGUF calls them the same."""
+
+CHUNK_WEIGHTS = 1 << 18
+"""# measured: see scripts/bench_convert.py; source, float32 and blocks of a chunk fit a core's second-level cache."""
+
+ROW_GROUP = 16
+"""Quantizers work on this many rows at once, so chunks are whole groups where they can be."""
+
+FACTORS_KEPT = 4
+"""Low-rank factors that a reader keeps in float32; a tensor's chunks follow each other."""
+
+Values: TypeAlias = NDArray[np.float32]
+
+
+class Rows(Protocol):
+    """Some rows of equal length. Implementations are frozen: two that are equal have the same values."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def n_per_row(self) -> int: ...
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """What the values are stored in, so that a type holds them all where it holds these; none for zeros."""
+        ...
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read for all of the rows."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Where the rows are, in messages: as in "model.safetensors: tensor 'norm.weight'"."""
+        ...
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        """Read rows from `first` on; returns the largest magnitude, infinite or NaN where a value is not finite.
+
+        Shapes: out [n, n_per_row], contiguous.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, not yet read.
+
+    Shapes: `shape` in numpy order; rows are those of all leading dimensions together, a vector is one row.
+    Units: `offset` in bytes from the start of the file.
+    `dtype` is that of safetensors, or the name of a ggml type. `error` is raised where the file can't be read.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path | ByteSource
+    offset: int
+    error: type[Gguf3nError] = field(default=CheckpointError, compare=False)
+
+    @property
+    def file_name(self) -> str:
+        """In messages."""
+        return str(self.file) if isinstance(self.file, Path) else self.file.name
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def n_per_row(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; of the whole tensor where it is a scalar."""
+        if self.dtype in DTYPE_BYTES:
+            return self.n_per_row * DTYPE_BYTES[self.dtype]
+        return row_bytes(QType[self.dtype], self.n_per_row)
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.n_rows * self.row_bytes
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return frozenset({self.dtype})
+
+    @property
+    def origin(self) -> str:
+        return f"{self.file_name}: tensor {self.name!r}"
+
+    def in_rows_of(self, n_per_row: int) -> Stored:
+        """The same values in rows of another length, which must be whole blocks and divide them all."""
+        return replace(self, shape=(math.prod(self.shape) // n_per_row, n_per_row))
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        return reader.widen(self.dtype, reader.read_stored(self, first, len(out)), out.reshape(-1))
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Rows that no file has: padding, and weights that are demanded and never evaluated."""
+
+    n_rows: int
+    n_per_row: int
+
+    stored_bytes: ClassVar[int] = 0
+    dtypes: ClassVar[frozenset[str]] = frozenset()
+    origin: ClassVar[str] = "zeros"
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        out[:] = 0
+        return 0.0
+
+
+@dataclass(frozen=True)
+class View:
+    """Some rows and columns of other rows.
+
+    Args:
+        rows: consecutive ones.
+        columns: runs of consecutive ones, side by side in this order.
+    """
+
+    base: Rows
+    rows: range
+    columns: tuple[range, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_per_row(self) -> int:
+        return sum(map(len, self.columns))
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes // max(self.base.n_rows, 1) * self.n_rows
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        whole = np.empty((len(out), self.base.n_per_row), np.float32)
+        reader.fill(self.base, self.rows.start + first, whole)
+        start = 0
+        for run in self.columns:
+            out[:, start : start + len(run)] = whole[:, run.start : run.stop]
+            start += len(run)
+        return largest_magnitude(out)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """base + scale * (b @ a): what a LoRA adapter makes of a matrix.
+
+    Shapes: base [n_rows, n_per_row], a [rank, n_per_row], b [n_rows, rank].
+    Exact: the product and the sum are added up in float64, in the order of the ranks, and rounded to float32 once. So
+        no value depends on how many rows are read together.
+    Source: E. Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1.
+    """
+
+    base: Rows
+    a: Stored
+    b: Stored
+    scale: float
+
+    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
+
+    @property
+    def n_rows(self) -> int:
+        return self.base.n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes + self.a.stored_bytes + self.b.stored_bytes
+
+    @property
+    def origin(self) -> str:
+        return f"{self.base.origin} with {self.a.origin}"
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        reader.fill(self.base, first, out)
+        a = reader.factor(self.a)
+        b = np.empty((len(out), self.b.n_per_row), np.float32)
+        reader.fill(self.b, first, b)
+        added = np.zeros(out.shape, np.float64)
+        for k in range(len(a)):
+            added += np.float64(b[:, k, None]) * a[k]
+        out[:] = out + self.scale * added
+        return largest_magnitude(out)
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a source: its shape, and where its rows come from, in order. Shapes: numpy order."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[Rows, ...]
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """What its values are stored in; none where all are zeros."""
+        return frozenset[str]().union(*(rows.dtypes for rows in self.rows))
+
+    @property
+    def origin(self) -> str:
+        """Where it is, in messages."""
+        return self.rows[0].origin
+
+
+def stored_tensors(stored: Iterable[Stored]) -> dict[str, SourceTensor]:
+    """A table of tensors, by name, each of which is in one file as it is."""
+    return {each.name: SourceTensor(each.name, each.shape, (each,)) for each in stored}
+
+
+Widen: TypeAlias = Callable[[str, NDArray[np.uint8], Values], float]
+"""Bytes of whole blocks of a dtype to float32 values; returns the largest magnitude, as `Rows.fill` does."""
+
+
+class RowReader:
+    """Fills float32 from any form of rows; one for all threads. Close it.
+
+    Args:
+        widen: how stored bytes become values; the default is NumPy's, a conversion passes compiled code.
+
+    Raises: the error of `Stored`, where a file can't be read or has become shorter.
+    """
+
+    def __init__(self, widen: Widen | None = None) -> None:
+        self.widen: Widen = widen or widen_with_numpy
+        self._files = OffsetFiles("r")
+        self._local = threading.local()
+        self._factors: OrderedDict[Stored, Values] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def fill(self, rows: Rows, first: int, out: Values) -> float:
+        """Read rows from `first` on; returns the largest magnitude, infinite or NaN where a value is not finite.
+
+        Shapes: out [n, n_per_row], contiguous.
+        """
+        return rows.fill(self, first, out)
+
+    def read_stored(self, stored: Stored, first: int, n_rows: int) -> NDArray[np.uint8]:
+        """The bytes of some rows as they are in the file, in a buffer that is the thread's own until its next call."""
+        n_bytes = n_rows * stored.row_bytes
+        buffer: NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < n_bytes:
+            buffer = self._local.buffer = np.empty(n_bytes, np.uint8)
+        out = buffer[:n_bytes]
+        self.copy_stored(stored, first, out)
+        return out
+
+    def copy_stored(self, stored: Stored, first: int, out: NDArray[np.uint8]) -> None:
+        """The same into a buffer of the caller's, which holds whole rows."""
+        offset = stored.offset + first * stored.row_bytes
+        if isinstance(stored.file, Path):
+            self._files.fill(stored.file, offset, out, tensor=stored.name, error=stored.error)
+            return
+        data = stored.file.read_at(offset, out.nbytes)
+        if len(data) < out.nbytes:
+            raise stored.error(f"{stored.file_name}: truncated in tensor {stored.name!r}")
+        out.reshape(-1)[:] = np.frombuffer(data, np.uint8)
+
+    def factor(self, stored: Stored) -> Values:
+        """All of a small matrix, kept for the chunks that follow."""
+        with self._lock:
+            if stored in self._factors:
+                self._factors.move_to_end(stored)
+                return self._factors[stored]
+        values = np.empty((stored.n_rows, stored.n_per_row), np.float32)
+        self.fill(stored, 0, values)
+        with self._lock:
+            self._factors[stored] = values
+            while len(self._factors) > FACTORS_KEPT:
+                self._factors.popitem(last=False)
+        return values
+
+    def close(self) -> None:
+        self._files.close()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of one form, few enough to be worked on together."""
+
+    rows: Rows
+    first: int
+    n_rows: int
+
+    @property
+    def n_weights(self) -> int:
+        return self.n_rows * self.rows.n_per_row
+
+    @property
+    def stored_bytes(self) -> int:
+        """Its share of what is read; the shares of all chunks make up the whole."""
+        total, n_rows = self.rows.stored_bytes, self.rows.n_rows
+        return (self.first + self.n_rows) * total // n_rows - self.first * total // n_rows
+
+
+def chunks(rows: Rows, chunk_weights: int = CHUNK_WEIGHTS) -> Iterator[Chunk]:
+    """All rows of a form, some at a time."""
+    step = max(1, chunk_weights // max(rows.n_per_row, 1))
+    if step > ROW_GROUP:
+        step -= step % ROW_GROUP
+    for first in range(0, rows.n_rows, step):
+        yield Chunk(rows, first, min(step, rows.n_rows - first))
+
+
+def widen_with_numpy(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
+    """Bytes of a dtype of FLOAT_DTYPES or of a ggml type as float32 values. Raises: NotImplementedError for a type that
+    the gguf package can't dequantize."""
+    match dtype:
+        case "F32":
+            out[:] = raw.view("<f4")
+        case "F16":
+            out[:] = raw.view("<f2")
+        case "BF16":
+            np.left_shift(raw.view("<u2"), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+        case _:
+            with np.errstate(all="ignore"):  # scales that are not finite
+                out[:] = dequantize(raw, QType[dtype])
+    return largest_magnitude(out)
+
+
+def largest_magnitude(values: Values) -> float:
+    """Infinite or NaN where a value is not finite; 0 of none."""
+    return float(max(-values.min(initial=0), values.max(initial=0)))

@@ -1,0 +1,99 @@
+"""What is wanted of a validation, parsed once: the same for the command line and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf3n.errors import UsageError
+from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
+from gguf3n.validation.result import Stage
+
+N_TOKENS = 1024
+"""Read by both engines unless told otherwise; half of them are scored."""
+N_CTX = 512
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """All that can be chosen, checked; see `parse_validation` for what each means."""
+
+    stages: tuple[Stage, ...] = tuple(Stage)
+    text: str | None = None
+    n_tokens: int = N_TOKENS
+    n_ctx: int = N_CTX
+    server: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    save_reference: Path | None = None
+    use_reference: Path | None = None
+    imatrix: ImportanceMatrix | None = None
+    threads: int | None = None
+    force: bool = False
+
+
+def parse_validation(
+    stages: str | Collection[Stage | str] | None = None,
+    *,
+    text: str | None = None,
+    n_tokens: int = N_TOKENS,
+    n_ctx: int = N_CTX,
+    server: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    save_reference: str | Path | None = None,
+    use_reference: str | Path | None = None,
+    imatrix: str | Path | ImportanceMatrix | None = None,
+    threads: int | None = None,
+    force: bool = False,
+) -> ValidationOptions:
+    """The options of a command line or a call as one checked value.
+
+    Args:
+        stages: which to run, as Stage or by name, or a text such as "tensors,logits"; all by default.
+        text: read by both engines; by default a built-in text in many scripts.
+        n_tokens: how much of it; `n_ctx` at a time.
+        server: address of a running llama-server to ask instead of llama.cpp on this machine, as in
+            "http://127.0.0.1:8080"; it must have loaded the file.
+        device, dtype: of the reference model: "auto", "cpu" or "cuda"; "float32" or "bfloat16".
+        save_reference: where to keep the reference's log-probabilities; ending in .kld for llama-perplexity.
+        use_reference: such a file; the reference model is not run.
+        imatrix: what the file was quantized with, if it was: its tensors are then judged as sharply as others.
+        threads: workers, and threads of llama.cpp.
+        force: replace the file of save_reference.
+
+    Raises: UsageError for a stage that there is not, for none, or for options that exclude each other; GGUFError for
+        the importance matrix.
+    """
+    if save_reference is not None and use_reference is not None:
+        raise UsageError("--save-reference and --use-reference exclude each other", fix="leave one of them out")
+    return ValidationOptions(
+        parse_stages(stages),
+        text,
+        n_tokens,
+        n_ctx,
+        server,
+        device,
+        dtype,
+        None if save_reference is None else Path(save_reference),
+        None if use_reference is None else Path(use_reference),
+        read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix,
+        threads,
+        force,
+    )
+
+
+def parse_stages(stages: str | Collection[Stage | str] | None) -> tuple[Stage, ...]:
+    """Stages in the order in which they run. Raises: UsageError."""
+    if stages is None:
+        return tuple(Stage)
+    known = {stage.value: stage for stage in Stage}
+    named = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
+    texts = [name.value if isinstance(name, Stage) else str(name) for name in named]
+    for name in texts:
+        if name not in known:
+            raise UsageError(f"no stage {name!r}", expected=", ".join(known), found=", ".join(texts))
+    if not texts:
+        raise UsageError("no stage to run", expected=", ".join(known), found="none")
+    return tuple(stage for stage in Stage if stage.value in texts)
