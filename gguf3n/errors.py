@@ -66,42 +66,62 @@ class Gguf3nError(Exception):
 
 
 class UsageError(Gguf3nError):
+    """An option or argument that cannot be used."""
+
     exit_code = 2
 
 
 class SourceError(Gguf3nError):
+    """The source is not a checkpoint that can be converted."""
+
     exit_code = 3
 
 
 class ConfigError(SourceError):
+    """config.json: another model, a missing or impossible value."""
+
     exit_code = 4
 
 
 class CheckpointError(SourceError):
+    """Safetensors files: missing, truncated, overlapping, unreadable."""
+
     exit_code = 5
 
 
 class MappingError(SourceError):
+    """Tensors: an unknown name, one that is missing, a wrong shape or dtype."""
+
     exit_code = 6
 
 
 class TokenizerError(SourceError):
+    """No tokenizer, or one that does not fit the config."""
+
     exit_code = 7
 
 
 class HubError(Gguf3nError):
+    """The Hugging Face Hub or another server: unknown, gated, offline, interrupted."""
+
     exit_code = 8
 
 
 class QuantizationError(Gguf3nError):
+    """Values or importances that a type cannot hold."""
+
     exit_code = 9
 
 
 class OutputError(Gguf3nError):
+    """The output: it exists, there is no permission, or no space."""
+
     exit_code = 10
 
 
 class GGUFError(Gguf3nError):
+    """A GGUF file that breaks the format."""
+
     exit_code = 11
 
 
@@ -112,4 +132,6 @@ class FindingsError(Gguf3nError):
 
 
 class Interrupted(Gguf3nError):
+    """Ctrl-C or SIGTERM."""
+
     exit_code = 130

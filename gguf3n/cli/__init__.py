@@ -12,31 +12,51 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import gguf3n
 from gguf3n.cli.console import print_error
 from gguf3n.cli.groups import flattened
 from gguf3n.errors import Gguf3nError, Interrupted
 
-COMMANDS: Mapping[str, str | Mapping[str, str]] = {
-    "convert": "convert",
-    "quantize": "quantize",
-    "validate": "validate",
-    "imatrix": {"measure": "measure", "show": "show", "merge": "merge"},
-    "recipes": {"list": "list_recipes", "show": "show", "extract": "extract"},
-    "inspect": "inspect",
-    "lint": "lint",
-    "repair": "repair",
-    "edit": "edit",
-    "diff": "diff",
-    "stats": "stats",
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table of commands; its module has its name.
+
+    Args:
+        summary: what `gguf3n --help` says of it: the first sentence of its own help.
+        functions: the words after it and the functions of a group, which has an `app`; None for a single command,
+            whose function has its name.
+    """
+
+    summary: str
+    functions: Mapping[str, str] | None = None
+
+
+COMMANDS: Mapping[str, Command] = {
+    "convert": Command("Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."),
+    "quantize": Command("Quantize a GGUF file of Gemma 3n to one file, or to several from one read."),
+    "validate": Command("Prove a GGUF file against its source, tensor by tensor, token by token."),
+    "imatrix": Command(
+        "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}
+    ),
+    "recipes": Command(
+        "List, show and extract quantizations.", {"list": "list_recipes", "show": "show", "extract": "extract"}
+    ),
+    "inspect": Command("Show what a GGUF file holds: a summary, or the views that are asked for."),
+    "lint": Command("Say what is wrong with a GGUF file, for which engine, and what mends it."),
+    "repair": Command("Mend what can be mended safely, and touch no tensor that need not be."),
+    "edit": Command("Change keys without touching tensors: first --apply, then --unset, --rename, --set."),
+    "diff": Command("Compare two GGUF files."),
+    "stats": Command("Show statistics of every weight, vision and audio included."),
 }
-"""Command, also the name of its module -> its function there; of a group, which has an `app`, those of its commands."""
+"""Every command, in the order of the help. The modules are imported when a command is run, not to be listed."""
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,13 +75,9 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 @functools.cache
 def _loaded(name: str) -> Any:
     """A command as typer has it; its module is imported here."""
-    functions = COMMANDS[name]
+    functions = COMMANDS[name].functions or {name: name}
     module = importlib.import_module(f"gguf3n.cli.{name}")
-    if isinstance(functions, str):
-        app = typer.Typer(add_completion=False)
-        functions = {name: functions}
-    else:
-        app = module.app
+    app = module.app if COMMANDS[name].functions else typer.Typer(add_completion=False)
     for word, function in functions.items():
         app.command(word)(_interruptible(flattened(getattr(module, function))))
     return typer.main.get_command(app)
@@ -85,6 +101,11 @@ class _Commands(TyperGroup):
         super().__init__(**options)
         self.commands = cast(Any, _OnDemand())
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Lists the commands without loading any."""
+        self.commands = {name: TyperCommand(name, short_help=command.summary) for name, command in COMMANDS.items()}
+        super().format_help(ctx, formatter)
+
 
 app = typer.Typer(
     name="gguf3n",
@@ -93,6 +114,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to load than all else that this help needs
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -294,7 +294,7 @@ class _Work:
         """Sum up the rows of one chunk."""
         x, q = (values[: chunk.n_weights].reshape(chunk.n_rows, -1) for values in (x, q))
         blocks = raw[: chunk.n_rows * pair.stored.row_bytes].reshape(chunk.n_rows, -1)
-        self.reader.reader.fill(chunk.rows, chunk.first, x)
+        self.reader.fill(chunk.rows, chunk.first, x)
         self.reader.file_bytes(pair, first_row, blocks)
         dequantize_into(blocks, pair.qtype, q)
         sum_rows(x, q, sums[first_row : first_row + chunk.n_rows])

@@ -43,6 +43,7 @@ class WeightReader:
 
     def __init__(self) -> None:
         self.reader = RowReader(compiled_widen())
+        self.fill = self.reader.fill
 
     def source_rows(self, tensor: MappedTensor, rows: NDArray[np.int64]) -> Values:
         """These rows of the source."""
@@ -52,7 +53,7 @@ class WeightReader:
             here = np.flatnonzero((rows >= first) & (rows < first + piece.n_rows))
             for place, row, n_rows in _runs(rows[here] - first):
                 into = here[place]
-                self.reader.fill(piece, row, out[into : into + n_rows])
+                self.fill(piece, row, out[into : into + n_rows])
             first += piece.n_rows
         return out
 
@@ -60,7 +61,7 @@ class WeightReader:
         """All rows, some at a time, each time with the number of the first."""
         for first, chunk in tensor_chunks(tensor):
             out = np.empty((chunk.n_rows, tensor.n_per_row), np.float32)
-            self.reader.fill(chunk.rows, chunk.first, out)
+            self.fill(chunk.rows, chunk.first, out)
             yield first, out
 
     def file_bytes(self, pair: Pair, first_row: int, out: NDArray[np.uint8]) -> None:
