@@ -28,17 +28,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, training.Tr
 
 
 def test_it_learns(trained: tuple[Path, training.Training]) -> None:
-    _, training = trained
-    assert len(training.losses) == FEW.steps
-    assert training.losses[-1] < training.losses[0] - 1
-    assert training.perplexity_after < training.perplexity_before / 2
+    _, result = trained
+    assert len(result.losses) == FEW.steps
+    assert result.losses[-1] < result.losses[0] - 1
+    assert result.perplexity_after < result.perplexity_before / 2
 
 
 def test_it_says_how_it_was_made(trained: tuple[Path, training.Training]) -> None:
-    directory, training = trained
+    directory, result = trained
     written = json.loads((directory / training.TRAINING).read_text("utf-8"))
     assert (written["steps"], written["seed"], written["texts"]) == (FEW.steps, FEW.seed, ["english.txt"])
-    assert written["perplexity_after"] == training.perplexity_after
+    assert written["perplexity_after"] == result.perplexity_after
 
 
 def test_same_seed_same_weights(trained: tuple[Path, training.Training], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from workshop.timing import machine
 from workshop.training import HELD_OUT, TRAIN, TRAINING
 
 THEIRS = "@llama.cpp"
-WIDTH = 125
+WIDTH = 120
 """Of a page's lines."""
 SAME = 1.02
 """Ratio of two divergences that is not worth a remark."""
@@ -297,11 +297,12 @@ def caption(facts: dict[str, Any]) -> str:
         f"{versions['transformers']}, torch {versions['torch']}) on the model that `scripts/train_tiny.py --steps "
         f"{training['steps']} --seed {training['seed']}` made: {found['n_positions']:,} positions of its held-out "
         f"text, where the reference's perplexity is {found['reference_perplexity']:.3f}; importances (im) from "
-        f"{imatrix['tokens']:,} tokens of {imatrix['from']}. A model this small is not E4B: the table ranks types, it "
-        "does not foretell their divergence there, and sizes are its own.",
-        'KL is the mean divergence from the reference in thousandths of a nat, "99 %" its 99th percentile; top-1 in '
-        'percent. Under llama.cpp stand the bytes that llama-quantize writes; "=" are the bytes that ours has, '
-        '"refused" is what it does not write for Gemma 3n, "-" what needs importances or has no counterpart.',
+        f"{imatrix['tokens']:,} tokens of {imatrix['from']}. A model this small is not E4B: the table ranks types, but "
+        "does not predict their divergence there. The sizes are those of the small model.",
+        'KL is the mean divergence from the reference in thousandths of a nat, "99 %" its 99th percentile; top-1 is in '
+        'percent. The llama.cpp columns are for files with the bytes that llama-quantize writes. There "=" means the '
+        'same bytes as ours, "refused" a mixture that it does not write for Gemma 3n. A dash stands where importances '
+        "are needed or llama.cpp has no such mixture.",
     )
     return "\n".join(f"{textwrap.fill(paragraph, WIDTH, break_on_hyphens=False)}\n" for paragraph in paragraphs)
 

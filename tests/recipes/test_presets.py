@@ -139,7 +139,7 @@ def test_estimates(name: str, size: str) -> None:
     assert counts == type_counts(recipe, size, imatrix=found.needs_imatrix)
 
 
-def test_the_table_in_the_readme_is_up_to_date() -> None:
+def test_the_table_in_the_docs_is_up_to_date() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "make_recipe_table.py"), "--check"]
     done = subprocess.run(command, check=False, env={"PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == 0, "run scripts/make_recipe_table.py"
