@@ -3,7 +3,7 @@
     python scripts/bench_quants.py                        every type
     python scripts/bench_quants.py Q4_K IQ3_S             these types
     python scripts/bench_quants.py --threads 2 --compile  also: speed-up on two threads, seconds to compile
-    python scripts/bench_quants.py --markdown             the table of the README
+    python scripts/bench_quants.py --markdown             the table of docs/speed.md
 
 ggml is llama.cpp's ggml_quantize_chunk in the xllamacpp wheel. The two take turns, so that a busy machine slows both;
 each figure is a median, in million weights a second; the ratio is the median over the turns, and most robust.
@@ -15,22 +15,20 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
 
 from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS
+from workshop.timing import machine, seconds
 
 N_ROWS = 512
 N_PER_ROW = 2048
@@ -54,14 +52,6 @@ class Result:
     weighted: Rates | None
     speed_up: float | None
     compile_seconds: float | None
-
-
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """Seconds of one of `repeat` calls."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    return (time.perf_counter() - start) / repeat
 
 
 def repeats(call: Callable[[], object]) -> int:
@@ -149,16 +139,6 @@ def sample(n_rows: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, (rng.standard_t(4, size=N_PER_ROW) ** 2).astype(np.float32)
 
 
-def machine() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def number(value: float | None, digits: int = 0) -> str:
     """Three significant digits at least; a dash for nothing."""
     if value is None:
@@ -216,7 +196,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="names of types; all of them without any")
     parser.add_argument("--threads", type=int, metavar="N", help="add the speed-up on N threads")
     parser.add_argument("--compile", action="store_true", help="add the seconds to compile both kernels of a type")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/speed.md")
     parser.add_argument("--rows", type=int, default=N_ROWS, help=f"rows of {N_PER_ROW} weights (default {N_ROWS})")
     parser.add_argument("--turns", type=int, default=5, help="how often both are measured (default 5)")
     parser.add_argument("--first-calls", metavar="TYPE", help=argparse.SUPPRESS)

@@ -21,12 +21,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import llama_cpp_tools
-
 import gguf3n
 from gguf3n.validation.divergence import Divergence
 from gguf3n.validation.logits import check_logits
 from gguf3n.validation.texts import built_in_text
+from workshop import llama_cpp_tools
 
 TYPES = ("F16", "Q8_0", "Q4_K_M", "Q2_K")
 N_CTX, N_CHUNKS = 512, 2

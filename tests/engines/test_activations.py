@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_imatrix import GOLDEN, N_CHUNKS, N_CTX, TEXT, limit
 
 import gguf3n
 from gguf3n.engines.activations import (
@@ -26,6 +25,7 @@ from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
+from workshop.imatrix_comparison import GOLDEN, N_CHUNKS, N_CTX, TEXT, limit
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

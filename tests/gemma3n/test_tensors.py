@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import make_checkpoint
 import pytest
 from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 
@@ -18,6 +17,7 @@ from gguf3n.formats.source import SourceTensor
 from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.published import PUBLISHED, outline
 from gguf3n.gemma3n.tensors import DROPPED, PREFIX, RULES, MappedTensor, Missing, Rows, Storage, TensorMap, map_tensors
+from workshop import checkpoints
 
 Table = dict[str, SourceTensor]
 ROOT = "model.language_model."
@@ -29,9 +29,7 @@ every_size = pytest.mark.parametrize("size", SIZES)
 def table_of(size: str, dtype: str = "BF16") -> Table:
     """A table of a published size, as if all tensors were in one file."""
     table, offset = {}, 0
-    for name, shape in make_checkpoint.read_inventory(
-        make_checkpoint.INVENTORIES / f"gemma-3n-{size.lower()}.json"
-    ).items():
+    for name, shape in checkpoints.read_inventory(checkpoints.INVENTORIES / f"gemma-3n-{size.lower()}.json").items():
         table[name] = SourceTensor(name, dtype, shape, Path("dir/model.safetensors"), offset)
         offset += table[name].n_bytes
     return table

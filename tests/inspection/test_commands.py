@@ -90,7 +90,7 @@ INSPECT_KEYS = {
 
 
 def test_inspect_json(run: Run, sound: Path) -> None:
-    """The schema that README.md documents."""
+    """The schema that docs/json.md documents."""
     _, out = run("inspect", sound, "--json")
     result = json.loads(out)
     assert set(result) == INSPECT_KEYS

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf.quants
-import make_checkpoint as checkpoints
 import numpy as np
 import pytest
 
@@ -36,6 +35,7 @@ from gguf3n.inspection.statistics import (
     measure_statistics,
 )
 from tests import micro
+from workshop import checkpoints
 
 Run = Callable[..., tuple[int, str]]
 
