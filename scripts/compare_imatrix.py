@@ -27,7 +27,7 @@ from unittest import mock
 import numpy as np
 
 import gguf3n
-from gguf3n.engines.activations import measure_importance
+from gguf3n.engines.activations import measure_chunks
 from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
 from gguf3n.inspection.imatrix_statistics import imatrix_statistics
 from workshop import checkpoints, llama_cpp_tools
@@ -162,19 +162,11 @@ def main() -> None:
         directory = Path(name)
         theirs = measure_theirs(options.source, options.text, options.ctx, options.chunks, directory)
         with like_llama_cpp() if options.like_llama_cpp else contextlib.nullcontext():
-            ours = measure_importance(
-                options.source,
-                [options.text],
-                n_ctx=options.ctx,
-                n_chunks=options.chunks,
-                tables=False,
-                device="cpu",
-                progress=lambda measured: (
-                    print(f"ours: perplexity {measured.perplexity:.4f}")
-                    if measured.n_done == measured.n_chunks
-                    else None
-                ),
+            *_, measured = measure_chunks(
+                options.source, [options.text], n_ctx=options.ctx, n_chunks=options.chunks, tables=False, device="cpu"
             )
+        ours = measured.imatrix
+        print(f"ours: perplexity {measured.perplexity:.4f}")
         n_wrong = compare_measured(ours, theirs)
         samples = sample_files(directory)
         for paths, n_ctx in ((samples, N_CTX), ([theirs.path, theirs.path], options.ctx)):

@@ -12,7 +12,7 @@ import numpy as np
 
 import gguf3n
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
-from gguf3n.gemma3n.tensors import Storage
+from gguf3n.gemma3n.mapping import Storage
 from workshop.places import FIXTURES
 
 GOLDEN = FIXTURES / "llama_cpp" / "tiny.json"
@@ -83,7 +83,7 @@ def random_importances(source: Path, *, complete: bool) -> ImportanceMatrix:
     rng = np.random.default_rng(0)
     entries = {
         tensor.name: Entry(rng.chisquare(2, (1, tensor.n_per_row)).astype(np.float32), np.ones(1, np.float32))
-        for tensor in gguf3n.read_source(source).tensors
+        for tensor in gguf3n.text_part(gguf3n.read_source(source)).tensors
         if tensor.storage is Storage.QUANTIZABLE and tensor.bid is not None and (tensor.evaluated or complete)
     }
     return ImportanceMatrix(Path("random"), entries)

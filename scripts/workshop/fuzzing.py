@@ -43,8 +43,9 @@ def seeds() -> list[bytes]:
     """Small files: empty, every value type, a Gemma 3n of three layers without data, in both byte orders."""
     from gguf3n.formats.gguf_layout import SCALAR_CODES, GGUFValueType, KeyValue, QType
     from gguf3n.formats.gguf_writer import lay_out
-    from gguf3n.gemma3n.metadata import file_keys, model_keys
+    from gguf3n.gemma3n.metadata import file_keys
     from gguf3n.gemma3n.published import PUBLISHED
+    from gguf3n.gemma3n.text import model_keys
 
     every = [KeyValue(f"k{kind.value}", kind, 1) for kind in SCALAR_CODES]
     every += [KeyValue(f"a{kind.value}", GGUFValueType.ARRAY, [1, 0], kind) for kind in SCALAR_CODES]

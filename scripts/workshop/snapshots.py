@@ -17,9 +17,9 @@ from pathlib import Path
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.gemma3n.config import Config, parse_config
-from gguf3n.gemma3n.metadata import ARCH, model_keys
+from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.published import PUBLISHED, outline
-from gguf3n.gemma3n.tensors import Storage
+from gguf3n.gemma3n.text import ARCH, model_keys
 from workshop.checkpoints import tiny_config
 from workshop.places import FIXTURES
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from gguf3n.formats.source import DTYPE_BYTES, SourceTensor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gguf3n.errors import CheckpointError, SourceError
 from gguf3n.formats.checkpoint import INDEX, MAX_HEADER_BYTES, SINGLE, read_header, read_tensor_table
-from gguf3n.formats.source import DTYPE_BYTES, SourceTensor
 from tests.mutation import Edit, edits, every_run_alike, mutate
 
 Entry = dict[str, Any]

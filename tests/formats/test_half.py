@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf3n.formats.source import SourceTensor
 
 from gguf3n.formats.half import CHUNK_WEIGHTS, fits_f16, rows_fit
-from gguf3n.formats.source import SourceTensor
 
 NORMAL = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
 

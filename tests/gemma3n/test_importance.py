@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf3n.gemma3n.model import Model
+from gguf3n.gemma3n.tensors import Storage
 
 import gguf3n
 from gguf3n.errors import QuantizationError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
-from gguf3n.gemma3n.model import Model
-from gguf3n.gemma3n.tensors import Storage
 from gguf3n.quants import QUANTIZERS, QType
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import LlamaFileType, TokenType
+from gguf3n.gemma3n.model import read_checkpoint
 
 from gguf3n.errors import ConfigError
 from gguf3n.formats.gguf_layout import KeyValue
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
 from gguf3n.gemma3n.metadata import KEYS, file_keys, general_keys, model_keys, sparsity_scales, tokenizer_keys
-from gguf3n.gemma3n.model import read_checkpoint
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.tokenizer import Vocabulary
 from tests import micro

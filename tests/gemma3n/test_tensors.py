@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
+from gguf3n.formats.source import SourceTensor
+from gguf3n.gemma3n.tensors import DROPPED, PREFIX, RULES, MappedTensor, Missing, Rows, Storage, TensorMap, map_tensors
 
 from gguf3n.errors import MappingError
-from gguf3n.formats.source import SourceTensor
 from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.published import PUBLISHED, outline
-from gguf3n.gemma3n.tensors import DROPPED, PREFIX, RULES, MappedTensor, Missing, Rows, Storage, TensorMap, map_tensors
 from workshop import checkpoints
 
 Table = dict[str, SourceTensor]

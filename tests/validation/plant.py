@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
 from gguf.quants import dequantize
+from gguf3n.gemma3n.model import Model
 
 from gguf3n.formats.gguf_reader import open_part
-from gguf3n.gemma3n.model import Model
 from gguf3n.quants.api import quantize
 
 

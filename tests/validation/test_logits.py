@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
+from gguf3n.gemma3n.model import Model
 
 import gguf3n
 from gguf3n.engines import memory
@@ -19,7 +20,6 @@ from gguf3n.engines.llama_process import LlamaProcess
 from gguf3n.engines.reference import Reference
 from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.logprobs import open_logprobs, write_logprobs
-from gguf3n.gemma3n.model import Model
 from gguf3n.quants import QUANTIZERS
 from gguf3n.validation import logits
 from gguf3n.validation.divergence import Divergence, measure

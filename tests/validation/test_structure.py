@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf3n.gemma3n.model import Model
 
 import gguf3n
 from gguf3n.conversion import read_gguf, read_source
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_reader import open_part
-from gguf3n.gemma3n.model import Model
 from gguf3n.validation.result import Verdict
 from gguf3n.validation.structure import check_structure
 from tests.validation.plant_keys import FAULTS, SCORES, TEMPLATE, TOKENS, TYPES, change, set_key, unset_key, values

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
+from gguf3n.gemma3n.model import Model
+from gguf3n.gemma3n.tensors import Storage
 
 import gguf3n
 from gguf3n.conversion import read_gguf, read_source
@@ -21,8 +23,6 @@ from gguf3n.formats.gguf_draft import Draft, DraftTensor
 from gguf3n.formats.gguf_reader import open_part
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
 from gguf3n.gemma3n.importance import match_importance
-from gguf3n.gemma3n.model import Model
-from gguf3n.gemma3n.tensors import Storage
 from gguf3n.quants import QUANTIZERS
 from gguf3n.quants.api import dequantize, quantize
 from gguf3n.recipes import preset_names
