@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 
+from gguf3n.formats.ggml_types import GGML_TYPES, TYPE_OF_FTYPE
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFKey
 from gguf3n.gemma3n.config import LLAMA_CPP_FIXED
@@ -83,31 +84,6 @@ LAYER_ARRAYS: tuple[str, ...] = (
 
 OWN_CHECKS = (Keys.LLM.BLOCK_COUNT, Keys.Attention.SHARED_KV_LAYERS)
 """Of SIZE_KEYS, those that `block_count` and `fixed_sizes` look at."""
-
-FTYPE_TYPES: Mapping[LlamaFileType, QType] = {
-    LlamaFileType.MOSTLY_Q2_K_S: QType.Q2_K,
-    LlamaFileType.MOSTLY_Q3_K_S: QType.Q3_K,
-    LlamaFileType.MOSTLY_Q3_K_M: QType.Q3_K,
-    LlamaFileType.MOSTLY_Q3_K_L: QType.Q3_K,
-    LlamaFileType.MOSTLY_Q4_K_S: QType.Q4_K,
-    LlamaFileType.MOSTLY_Q4_K_M: QType.Q4_K,
-    LlamaFileType.MOSTLY_Q5_K_S: QType.Q5_K,
-    LlamaFileType.MOSTLY_Q5_K_M: QType.Q5_K,
-    LlamaFileType.MOSTLY_IQ2_S: QType.IQ2_XS,
-    LlamaFileType.MOSTLY_IQ2_M: QType.IQ2_S,
-    LlamaFileType.MOSTLY_IQ3_XS: QType.IQ3_S,
-    LlamaFileType.MOSTLY_IQ3_M: QType.IQ3_S,
-    LlamaFileType.ALL_F32: QType.F32,
-}
-"""The type that a file type is named for, where its name says another. Source: llama_model_quantize_impl."""
-
-GUESSED_FTYPES: Mapping[QType, LlamaFileType] = {
-    QType.Q3_K: LlamaFileType.MOSTLY_Q3_K_M,
-    QType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
-    QType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
-    QType.F32: LlamaFileType.ALL_F32,
-}
-"""What llama.cpp takes a file for by its most frequent type, where the name of the type does not say."""
 
 
 def missing_keys(subject: Subject) -> Iterator[str]:
@@ -289,7 +265,7 @@ def file_type(subject: Subject) -> Iterator[str]:
     except ValueError:
         yield f"{Keys.General.FILE_TYPE} {value} is none"
         return
-    qtype = FTYPE_TYPES.get(ftype) or QType.__members__.get(ftype.name.removeprefix("MOSTLY_"))
+    qtype = TYPE_OF_FTYPE.get(ftype) or QType.__members__.get(ftype.name.removeprefix("MOSTLY_"))
     if qtype is not None and (found := layer_types(subject)) and qtype not in found:
         yield f"{ftype.name}, but the matrices are {', '.join(t.name for t, _ in found.most_common(3))}"
 
@@ -301,12 +277,12 @@ def layer_types(subject: Subject) -> Counter[QType]:
 
 
 def guessed_file_type(subject: Subject) -> LlamaFileType | None:
-    """The file type that the matrices look like."""
+    """The file type that the matrices look like; that of a type which can't be written has its name."""
     found = layer_types(subject)
     if not found:
         return None
     qtype = found.most_common(1)[0][0]
-    return GUESSED_FTYPES.get(qtype) or LlamaFileType.__members__.get(f"MOSTLY_{qtype.name}")
+    return GGML_TYPES[qtype].ftype if qtype in GGML_TYPES else LlamaFileType.__members__.get(f"MOSTLY_{qtype.name}")
 
 
 def quantization_version(subject: Subject) -> Iterator[str]:

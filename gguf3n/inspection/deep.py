@@ -1,7 +1,6 @@
 """Checks of the data itself: every byte is read once, nothing is dequantized but a few rows of the two tables.
 
-A broken block shows in its scales: `SCALES` says where a block keeps them. One that is not finite makes its whole block
-not finite.
+A broken block shows in its scales (see ggml_types): one that is not finite makes its whole block not finite.
 """
 
 from __future__ import annotations
@@ -13,36 +12,13 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_reader import GGUFTensor
 from gguf3n.inspection.subject import Subject
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
 CHUNK_BYTES = 1 << 23
-SCALES: Mapping[QType, tuple[int, ...]] = {
-    QType.Q4_0: (0,),
-    QType.Q4_1: (0, 2),
-    QType.Q5_0: (0,),
-    QType.Q5_1: (0, 2),
-    QType.Q8_0: (0,),
-    QType.Q2_K: (80, 82),
-    QType.Q3_K: (108,),
-    QType.Q4_K: (0, 2),
-    QType.Q5_K: (0, 2),
-    QType.Q6_K: (208,),
-    QType.IQ1_S: (0,),
-    QType.IQ2_XXS: (0,),
-    QType.IQ2_XS: (0,),
-    QType.IQ2_S: (0,),
-    QType.IQ3_XXS: (0,),
-    QType.IQ3_S: (0,),
-    QType.IQ4_NL: (0,),
-    QType.IQ4_XS: (0,),
-    QType.TQ1_0: (52,),
-    QType.TQ2_0: (64,),
-}
-"""Offsets of a block's float16 scales. IQ1_M spreads its one over four words. Source: ggml-common.h."""
-
 F16_MAX = 0x7BFF
 """65504, the largest float16."""
 SAMPLED_ROWS = 64
@@ -90,17 +66,16 @@ def _look(qtype: QType, data: NDArray[np.uint8], fact: TensorFacts) -> None:
         fact.n_bad += int(((data.view("<u2") & 0x7F80) == 0x7F80).sum())
     elif qtype is QType.F32:
         fact.n_bad += int(((data.view("<u4") & 0x7F800000) == 0x7F800000).sum())
-    elif qtype in SCALES:
-        blocks = data.reshape(-1, GGML_QUANT_SIZES[qtype][1])
-        for offset in SCALES[qtype]:
-            halves = np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<u2")
-            fact.n_bad += int(((halves & 0x7C00) == 0x7C00).sum())
+    elif qtype in GGML_TYPES:
+        blocks = data.view(GGML_TYPES[qtype].block)
+        for name in GGML_TYPES[qtype].scales:
+            fact.n_bad += int(((blocks[name].view("<u2") & 0x7C00) == 0x7C00).sum())
 
 
 def bad_values(facts: Mapping[str, TensorFacts], subject: Subject) -> Iterator[str]:
     for name, fact in facts.items():
         if fact.n_bad:
-            what = "scales" if subject.gguf.tensors[name].qtype in SCALES else "values"
+            what = "scales" if GGML_TYPES[subject.gguf.tensors[name].qtype].scales else "values"
             yield f"{name}: {fact.n_bad:,} {what} are NaN or infinite"
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import GGUFError, Interrupted
+from gguf3n.formats.ggml_types import Rounding
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
 from gguf3n.gemma3n.model import Model
@@ -46,7 +47,6 @@ from gguf3n.validation.yardsticks import (
     ROUNDING,
     SOURCE,
     PerRow,
-    Rounding,
     Rows,
     relative,
     sum_rows,
