@@ -265,7 +265,7 @@ def file_type(subject: Subject) -> Iterator[str]:
     except ValueError:
         yield f"{Keys.General.FILE_TYPE} {value} is none"
         return
-    qtype = TYPE_OF_FTYPE.get(ftype) or QType.__members__.get(ftype.name.removeprefix("MOSTLY_"))
+    qtype = TYPE_OF_FTYPE.get(ftype, QType.__members__.get(ftype.name.removeprefix("MOSTLY_")))
     if qtype is not None and (found := layer_types(subject)) and qtype not in found:
         yield f"{ftype.name}, but the matrices are {', '.join(t.name for t, _ in found.most_common(3))}"
 

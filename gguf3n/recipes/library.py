@@ -187,7 +187,7 @@ def _build(chain: _Chain, name: str) -> Recipe:
     return Recipe(
         name=name,
         qtype=qtype,
-        ftype=setting("ftype") or GGML_TYPES[qtype].ftype,
+        ftype=setting("ftype", GGML_TYPES[qtype].ftype),
         rules=chain.rules,
         token_embd=setting("token_embd"),
         ple=setting("ple"),

@@ -13,9 +13,10 @@ import pytest
 import gguf3n
 from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.errors import GGUFError
+from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.inspection.lint import CHECKS, Group, Severity, lint
 from gguf3n.inspection.repair import FIXES, repair
-from tests.inspection.faults import PLANTS
+from tests.inspection.faults import PLANTS, set_key
 
 Planted = Callable[[str], Path]
 BY_ID = {check.id: check for check in CHECKS}
@@ -119,6 +120,12 @@ def test_llama_cpp_aborts(planted: Planted, check_id: str) -> None:
     quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else ggml has a debugger, if there is one, print its stack
     process = subprocess.run(command, capture_output=True, check=False, timeout=120, env=quiet)
     assert process.returncode < 0
+
+
+def test_a_file_type_of_zero_is_one(copy: Path) -> None:
+    set_key(copy, "general.file_type", VT.UINT32, 0)
+    (finding,) = lint(copy).findings
+    assert finding.found.startswith("ALL_F32, but the matrices are Q8_0")
 
 
 def test_a_file_of_another_model(tmp_path: Path) -> None:
