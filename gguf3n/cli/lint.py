@@ -13,7 +13,7 @@ from gguf3n.cli.console import columns, print_json, progress_bar
 from gguf3n.cli.paint import filled, paint
 from gguf3n.cli.timing import timed
 from gguf3n.errors import FindingsError, UsageError
-from gguf3n.inspection.lint import CHECKS, Check, Finding, Group, Report, Severity
+from gguf3n.inspection.lint import CHECKS, Finding, Group, Report, Severity
 from gguf3n.inspection.lint import lint as run_lint
 
 SCHEMA = "gguf3n.lint/1"
@@ -40,7 +40,10 @@ def lint(
         raise UsageError("no file", expected="a GGUF file, or --checks")
     source = file if "://" in file or not Path(file).exists() else Path(file)
     with progress_bar(quiet=quiet or not deep) as progress:
-        report = run_lint(source, with_data=deep, progress=timed(progress))
+        show = timed(progress)
+        report = run_lint(
+            source, with_data=deep, progress=None if show is None else lambda state: show(state.done, state.total)
+        )
     failed = report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0)
     if json:
         print_json(_as_json(report, ok=not failed))
@@ -104,22 +107,13 @@ def _as_json(report: Report, *, ok: bool) -> dict[str, Any]:
         "n_checks": report.n_checks,
         "skipped": report.skipped,
         "counts": {LABELS[severity]: report.count(severity) for severity in Severity},
-        "findings": [finding_json(finding) for finding in report.findings],
+        "findings": [finding.as_dict() for finding in report.findings],
     }
-
-
-def finding_json(finding: Finding) -> dict[str, str]:
-    """A finding with its check's row of the table."""
-    return {**_check_json(finding.check), "found": finding.found}
-
-
-def _check_json(check: Check) -> dict[str, str]:
-    return {"id": check.id, "severity": LABELS[check.severity], "meaning": check.meaning, "fix": check.fix}
 
 
 def _print_checks(*, as_json: bool) -> None:
     if as_json:
-        print_json({"schema": SCHEMA, "checks": [{**_check_json(c), "group": c.group.value} for c in CHECKS]})
+        print_json({"schema": SCHEMA, "checks": [{**c.as_dict(), "group": c.group.value} for c in CHECKS]})
         return
     rows = [(check.id, LABELS[check.severity], check) for check in CHECKS]
     for line, (_, _, check) in zip(columns([row[:2] for row in rows], "<<"), rows, strict=True):

@@ -10,7 +10,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import print_json
-from gguf3n.cli.lint import LABELS, finding_json
+from gguf3n.cli.lint import LABELS
 from gguf3n.cli.paint import filled, paint
 from gguf3n.errors import FindingsError
 from gguf3n.inspection.lint import Severity
@@ -73,5 +73,5 @@ def _as_json(result: Repair, *, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "how": result.how,
         "fixes": [{"id": fix.check_id, "what": fix.what} for fix in result.fixes],
-        "left": [finding_json(finding) for finding in result.left],
+        "left": [finding.as_dict() for finding in result.left],
     }

@@ -12,7 +12,6 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import print_json, print_note, steps_bar
-from gguf3n.cli.lint import finding_json
 from gguf3n.cli.paint import filled, paint
 from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
@@ -233,7 +232,7 @@ def _stage_json(result: StageResult) -> dict[str, Any]:
     }
     match result:
         case StructureResult():
-            stage["findings"] = [finding_json(finding) for finding in result.lint.findings]
+            stage["findings"] = [finding.as_dict() for finding in result.lint.findings]
         case TensorsResult():
             stage |= {"weighted": result.weighted, "n_identical": result.n_identical, "notes": list(result.notes)}
             stage["tensors"] = [_tensor_json(error) for error in result.errors]
