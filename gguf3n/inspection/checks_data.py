@@ -21,7 +21,7 @@ SAME_DIRECTION = 0.99
 def bad_values(subject: Subject) -> Iterator[Found]:
     for name, fact in subject.data.items():
         if fact.n_bad:
-            what = "scales" if GGML_TYPES[subject.gguf.tensors[name].qtype].scales else "values"
+            what = "scales" if GGML_TYPES[subject.gguf.tensors[name].qtype].weights > 1 else "values"
             yield _within(name, f"{fact.n_bad:,} {what} are NaN or infinite")
 
 

@@ -5,6 +5,7 @@ A broken block shows in its scales (see ggml_types): one that is not finite make
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,14 @@ def _look(qtype: QType, data: NDArray[np.uint8], fact: TensorFacts) -> None:
     elif qtype is QType.F32:
         fact.n_bad += int(((data.view("<u4") & 0x7F800000) == 0x7F800000).sum())
     elif qtype in GGML_TYPES:
-        blocks = data.view(GGML_TYPES[qtype].block)
-        for name in GGML_TYPES[qtype].scales:
-            fact.n_bad += int(((blocks[name].view("<u2") & 0x7C00) == 0x7C00).sum())
+        for scales in _scales(qtype, data.view(GGML_TYPES[qtype].block)):
+            fact.n_bad += int(((scales & 0x7C00) == 0x7C00).sum())
+
+
+def _scales(qtype: QType, blocks: NDArray[np.void]) -> Iterator[NDArray[np.uint16]]:
+    """The bits of the float16 scales of blocks."""
+    if qtype is QType.IQ1_M:  # ggml quirk: its scale is spread over the upper four bits of its four words
+        a, b, c, d = blocks["scales"].T
+        yield a >> 12 | b >> 8 & 0x00F0 | c >> 4 & 0x0F00 | d & 0xF000
+    for name in GGML_TYPES[qtype].scales:
+        yield blocks[name].view("<u2")
