@@ -20,6 +20,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "progress": set(),
     "formats": {"errors"},
     "quants": {"errors", "formats"},
     "recipes": {"errors", "formats"},
@@ -27,7 +28,9 @@ BELOW: dict[str, set[str]] = {
     "planning": {"errors", "formats", "gemma3n", "recipes"},
     "pipeline": {"errors", "formats", "gemma3n", "recipes", "quants", "planning"},
     "conversion": {"errors", "formats", "gemma3n", "recipes", "planning", "pipeline"},
-    "inspection": {"errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion"},
+    "inspection": {
+        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "progress",
+    },
     "plots": {"errors", "formats"},
     "engines": {"errors", "formats", "gemma3n", "recipes", "pipeline", "inspection"},
     "validation": {

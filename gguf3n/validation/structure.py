@@ -34,12 +34,13 @@ from numpy.typing import NDArray
 from gguf3n.engines.reference_tokenizers import ADDS
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.gemma3n.config import MAX_LAYERS
 from gguf3n.gemma3n.part import Part
 from gguf3n.gemma3n.text import ARCH
 from gguf3n.inspection import lint
 from gguf3n.inspection.checks_model import REQUIRED
 from gguf3n.inspection.checks_vocabulary import END_OF_TURN, SPECIAL_IDS
-from gguf3n.inspection.subject import MAX_LAYERS, Subject
+from gguf3n.inspection.subject import Subject
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.document import Block, Text
 from gguf3n.validation.result import Problem, StageResult, Verdict

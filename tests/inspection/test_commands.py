@@ -156,7 +156,7 @@ def test_lint(run: Run, copy: Path) -> None:
     code, out = run("lint", copy, "--json")
     result = json.loads(out)
     assert code == 12 and result["ok"] is False and result["counts"] == {"error": 1, "warning": 1, "note": 0}
-    assert set(result["findings"][0]) == {"id", "severity", "meaning", "fix", "found"}
+    assert set(result["findings"][0]) == {"id", "severity", "meaning", "fix", "where", "what", "found"}
     code, out = run("lint", copy, "--github")
     assert code == 12 and out.startswith("::error file=") and "title=missing-tensor::" in out
 

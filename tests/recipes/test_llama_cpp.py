@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.gemma3n.config import parse_config
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, find_recipe, override, preset_names, variant_names
-from gguf3n.recipes.model import NEEDS_IMPORTANCE
 from tests.recipes.facts import data_bytes, decisions, facts, type_counts, types
 from workshop.snapshots import FTYPES, SIZES, SNAPSHOT, compress, expand
 
@@ -46,7 +46,7 @@ def test_types_are_those_of_llama_quantize(size: str, ftype: str) -> None:
     recipe = find_recipe(f"{ftype}@llama.cpp")
     assert types(recipe, size, imatrix=True, complete=True) == llama_quantize(size, ftype, imatrix=True)
     expected = llama_quantize(size, ftype, imatrix=False)
-    needy = {qtype.name for qtype in NEEDS_IMPORTANCE}
+    needy = {qtype.name for qtype, row in GGML_TYPES.items() if row.needs_importances}
     for name, decision in decisions(recipe, size).items():
         substituted = decision.qtype.name == "Q2_K" and "never evaluated" in decision.reason
         assert decision.qtype.name == expected[name] or (substituted and expected[name] in needy)
