@@ -20,7 +20,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import first_peak, gather, inlined, scratch, sum_of_squares, truncated, weigh, write_f16
+from gguf3n.quants.lanes import (
+    first_peak,
+    gather,
+    inlined,
+    pasted,
+    scratch,
+    sum_of_squares,
+    truncated,
+    weigh,
+    write_f16,
+)
 from gguf3n.quants.vector_search import scale_and_min, symmetric_scale
 from gguf3n.quants.vectors import WIDTH, level, load, splat, store, where
 
@@ -38,7 +48,7 @@ STEP = np.float32(0.05)
 STEPS = 36
 
 
-@inlined
+@pasted
 def round_symmetric(rows: np.ndarray, out: np.ndarray, bits: int) -> None:
     """Quantize to levels of this many bits, of which the middle one is zero and level 0 the weight of most magnitude.
 
@@ -53,10 +63,10 @@ def round_symmetric(rows: np.ndarray, out: np.ndarray, bits: int) -> None:
         y = target[block * block_bytes : (block + 1) * block_bytes]
         d = first_peak(x) / -middle
         write_f16(d, y)
-        write_rounded(x, ZERO, d, middle + HALF, bits, y[2:])
+        write_rounded(x, ZERO, d, middle + HALF, bits, True, y[2:])
 
 
-@inlined
+@pasted
 def round_between_extremes(rows: np.ndarray, out: np.ndarray, bits: int) -> None:
     """Quantize to levels of this many bits, of which the first one is the minimum and the last one the maximum.
 
@@ -76,19 +86,29 @@ def round_between_extremes(rows: np.ndarray, out: np.ndarray, bits: int) -> None
         d = (high - low) / np.float32((1 << bits) - 1)
         write_f16(d, y)
         write_f16(low, y[2:])
-        write_rounded(x, low, d, HALF, bits, y[4:])
+        write_rounded(x, low, d, HALF, bits, False, y[4:])
 
 
 @inlined
-def write_rounded(x: np.ndarray, low: np.float32, d: np.float32, half: np.float32, bits: int, y: np.ndarray) -> None:
-    """Write qh and qs for the levels (x - low) / d + half, rounded down."""
+def write_rounded(
+    x: np.ndarray, low: np.float32, d: np.float32, half: np.float32, bits: int, limited: bool, y: np.ndarray
+) -> None:
+    """Write qh and qs for the levels (x - low) / d + half, rounded down.
+
+    Args:
+        limited: whether a level may come out too large, as that of a weight as large as the peak, of the other sign.
+            Why: between extremes none can, though ggml limits Q4_1.
+            # measured: a limit made Q5_1 a twentieth slower
+    """
     inverse = ONE / d if d != ZERO else ZERO
     highest = np.int32((1 << bits) - 1)
     qs = y[4 * (bits - 4) :]
     qh = np.uint32(0)
     for j in range(BLOCK // 2):
-        first = np.uint32(min(truncated((x[j] - low) * inverse + half), highest))
-        second = np.uint32(min(truncated((x[j + BLOCK // 2] - low) * inverse + half), highest))
+        lower = truncated((x[j] - low) * inverse + half)
+        upper = truncated((x[j + BLOCK // 2] - low) * inverse + half)
+        first = np.uint32(min(lower, highest) if limited else lower)
+        second = np.uint32(min(upper, highest) if limited else upper)
         qs[j] = np.uint8((first & 15) | ((second & 15) << 4))
         qh |= np.uint32((first >> 4) << j) | np.uint32((second >> 4) << (j + BLOCK // 2))
     if bits == 5:
@@ -96,7 +116,7 @@ def write_rounded(x: np.ndarray, low: np.float32, d: np.float32, half: np.float3
             y[j] = np.uint8(qh >> np.uint32(8 * j))
 
 
-@inlined
+@pasted
 def search_symmetric(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, bits: int) -> None:
     """Quantize as round_symmetric does, with the scale that has the least error by quant_weights.
 
@@ -122,7 +142,7 @@ def search_symmetric(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarra
             write(S, levels + BLOCK, 1, packed, first, column // BLOCK, out)
 
 
-@inlined
+@pasted
 def search_between_extremes(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, bits: int) -> None:
     """Quantize with the scale and the minimum that have the least error by quant_weights.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, scratch, sum_of_squares, weigh, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, pasted, scratch, sum_of_squares, weigh, write_f16
 from gguf3n.quants.scales_mins import (
     DMIN,
     INT_MINS,
@@ -34,7 +34,7 @@ HEAD_BYTES = 2 + 2 + 12
 N_MAX_SCALE = 63
 
 
-@inlined
+@pasted
 def search_and_write(
     rows: np.ndarray,
     quant_weights: np.ndarray | None,
