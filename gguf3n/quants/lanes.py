@@ -13,6 +13,9 @@ Source: ggml/src/ggml-quants.c and ggml/src/ggml-impl.h of llama.cpp for formula
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -25,13 +28,33 @@ SUPER_BLOCK = 256
 
 FLAGS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": False, "error_model": "numpy"}
 
-kernel = numba.njit(**FLAGS)
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""What compiled kernels are kept for: the sources of the whole package."""
+
+
+def _compiler(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's compiler, whose results are kept for as long as SOURCES is the same.
+
+    Why: numba keeps a kernel for the file that it stands in. It would go on using one of which a part that is inlined
+        from another file has changed, and can't load one whose lowerings are no longer there.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**FLAGS, **flags)(function)
+        # numba looks at the version first, and takes what another one has left for nothing
+        dispatcher._cache._cache_file._version += f" for {SOURCES}"
+        return dispatcher
+
+    return compiled
+
+
+kernel = _compiler()
 """Compiles a plain function as a kernel; the plain one stays available as `.py_func`."""
 
-inlined = numba.njit(**FLAGS, forceinline=True)
+inlined = _compiler(forceinline=True)
 """Compiles a part of a kernel that has to be specialized for the constants that the kernel passes."""
 
-pasted = numba.njit(**FLAGS, inline="always")
+pasted = _compiler(inline="always")
 """Like `inlined`, but numba itself copies the body: compiles faster where a part is called only once."""
 
 
