@@ -69,7 +69,7 @@ def make_plan(
     Args:
         unfit_for_f16: names of tensors that F16 would harm.
 
-    Raises: QuantizationError if a type needs an importance matrix that has nothing for its tensor; UsageError for a
+    Raises: QuantizationError if a type needs an importance matrix and it has no entry for the tensor; UsageError for a
         rule of the user's that can't be used with this model.
     """
     facts = describe_tensors(part.tensors, None if importance is None else importance.quant_weights)

@@ -1,6 +1,6 @@
 """The fixes that are safe: for each check that has one, what it changes in the draft of a new header.
 
-A fix is safe if what it writes follows from the file itself, from what every Gemma 3n has, or is never evaluated.
+A fix is safe if what it writes follows from the file or from what every Gemma 3n has, or if it is never evaluated.
 Weights are copied at most; none is computed.
 """
 
@@ -105,7 +105,7 @@ def repair(
 
 
 def plan_repair(draft: Draft, only: Sequence[str] = ()) -> tuple[list[Fix], Report]:
-    """Change the draft until lint finds nothing more that has a fix; what was done, and what lint says then."""
+    """Change the draft until lint finds nothing more that can be fixed; the fixes, and what lint still finds."""
     fixes: list[Fix] = []
     subject = Subject(draft.preview() if draft.changed else draft.gguf)
     report = lint_file(subject.gguf)

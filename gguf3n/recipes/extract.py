@@ -27,7 +27,7 @@ def extract_recipe(
     Args:
         origin: the file, for the recipe's name and messages.
         types: of the matrices that may be quantized, by GGUF name.
-        kept: of those that never are, likewise.
+        kept: types of the matrices that are never quantized.
         ftype: what the file says of itself.
 
     Raises: UsageError for a type that can't be written.

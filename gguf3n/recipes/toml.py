@@ -1,6 +1,6 @@
 """Recipe files.
 
-inherit = "Q4_K_M"            # what this file does not say is as there; its rules come after this file's
+inherit = "Q4_K_M"            # what this file does not say is taken from there; its rules come after
 name = "mine"                 # else the file's name
 summary = "one line"
 note = "what else to know"
