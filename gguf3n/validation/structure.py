@@ -82,8 +82,8 @@ ABSENT: Mapping[str, Callable[[GGUFFile], Any]] = {
     _key(Keys.Attention.VALUE_LENGTH): _head_length,
     _key(Keys.Attention.SLIDING_WINDOW_PATTERN): _pattern,
 }
-"""What llama.cpp assumes where a file lacks the key, worked out from keys that it demands. Of other keys it has Gemma 3n's
-values built in, or refuses the file."""
+"""What llama.cpp assumes where a file lacks the key, worked out from keys that it demands. Of other keys it has
+Gemma 3n's values built in, or refuses the file."""
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     _key(Keys.Rope.SCALING_TYPE): ("none", "linear"),
