@@ -18,6 +18,8 @@ from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import open_part
+from gguf3n.gemma3n.part import text_part
+from gguf3n.progress import Progress
 from gguf3n.validation.result import Stage, Verdict
 from gguf3n.validation.validate import Validation, validate
 from tests.validation import plant
@@ -50,18 +52,19 @@ def run(*arguments: object) -> Any:
 
 
 def test_a_sound_file_passes(sound: Path, tiny_checkpoint: Path, reference: Path) -> None:
-    seen: list[tuple[Stage, int, int]] = []
+    seen: list[Progress] = []
     validation = validate(
         sound,
         tiny_checkpoint,
         use_reference=reference,
         threads=1,
-        progress=lambda stage, done, total: seen.append((stage, done, total)),
+        progress=seen.append,
     )
     assert list(validation.stages) == list(Stage)
     assert [problem for result in validation.stages.values() for problem in result.problems] == []
     assert validation.verdict is Verdict.PASS
-    assert {stage for stage, done, total in seen if done == total} == {TENSORS, LOGITS}
+    assert {state.stage for state in seen if state.done == state.total} == {TENSORS.value, LOGITS.value}
+    assert {(state.stage, state.unit) for state in seen} == {("tensors", "weights"), ("logits", "positions")}
 
 
 def failed_stages(validation: Validation) -> set[Stage]:
@@ -72,7 +75,7 @@ def planted(name: str) -> Callable[[Path, Path], None]:
     function, _ = plant.PLANTS[name]
 
     def plant_it(path: Path, source: Path) -> None:
-        function(plant.Planter(path, gguf3n.read_source(source)))
+        function(plant.Planter(path, text_part(gguf3n.read_source(source))))
 
     return plant_it
 
@@ -82,7 +85,7 @@ def keyed(name: str) -> Callable[[Path, Path], None]:
 
 
 def norms_with_1_added(path: Path, source: Path) -> None:
-    planter = plant.Planter(path, gguf3n.read_source(source))
+    planter = plant.Planter(path, text_part(gguf3n.read_source(source)))
     for tensor in planter.source.tensors:
         if tensor.name.endswith("norm.weight"):
             planter.write(tensor.name, planter.values(tensor.name) + 1)
@@ -283,13 +286,13 @@ def test_what_keeps_the_logits_from_running_is_said_first(
     tiny_checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
+    monkeypatch.setattr("gguf3n.validation.stages.check_structure", None)
     with pytest.raises(error):
         validate(sound, tiny_checkpoint, **options)
 
 
 def test_too_little_memory_is_said_first(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
+    monkeypatch.setattr("gguf3n.validation.stages.check_structure", None)
     monkeypatch.setattr("gguf3n.engines.memory.available_bytes", lambda: 1)
     with pytest.raises(UsageError, match="not enough memory for the reference"):
         validate(sound, tiny_checkpoint)
