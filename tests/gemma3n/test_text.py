@@ -15,12 +15,12 @@ from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 
 from gguf3n.errors import MappingError
 from gguf3n.formats.rows import SourceTensor, Stored, Zeros
-from gguf3n.gemma3n import text
 from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.mapping import MappedTensor, Missing, Storage, TensorMap, map_tensors
 from gguf3n.gemma3n.names import bare_name
 from gguf3n.gemma3n.published import PUBLISHED, outline
 from gguf3n.gemma3n.text import DROPPED, RULES
+from gguf3n.gemma3n.text import table as text_table
 
 Table = dict[str, Stored]
 ROOT = "model.language_model."
@@ -42,7 +42,7 @@ def table_of(size: str, dtype: str = "BF16") -> Table:
 
 def mapped(table: Table, config: Config = PUBLISHED["E2B"]) -> TensorMap:
     source = {name: SourceTensor(stored.name, stored.shape, (stored,)) for name, stored in table.items()}
-    return map_tensors(text.table(config), source, "dir")
+    return map_tensors(text_table(config), source, "dir")
 
 
 def llama_cpp_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -242,9 +242,10 @@ def with_shape(name: str, *shape: int) -> Callable[[Table], Table]:
 def test_both_tables_have_as_many_rows_as_tokens(name: str, target: str, n_per_row: int, n_rows: int) -> None:
     tensor = by_name(mapped(with_shape(name, n_rows, n_per_row)(table_of("E2B"))))[f"{target}.weight"]
     assert tensor.shape == (262400, n_per_row)
-    assert [(isinstance(rows, Zeros), rows.n_rows) for rows in tensor.rows] == [(False, n_rows), (True, 262400 - n_rows)][
-        : 1 + (n_rows < 262400)
-    ]
+    assert [(isinstance(rows, Zeros), rows.n_rows) for rows in tensor.rows] == [
+        (False, n_rows),
+        (True, 262400 - n_rows),
+    ][: 1 + (n_rows < 262400)]
 
 
 def test_a_stack_of_one_matrix() -> None:

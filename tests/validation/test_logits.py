@@ -24,8 +24,8 @@ from gguf3n.gemma3n.part import Part, text_part
 from gguf3n.gemma3n.source import open_checkpoint, open_source
 from gguf3n.inspection.subject import Subject
 from gguf3n.progress import Progress
-from gguf3n.recipes import find_recipe
 from gguf3n.quants import QUANTIZERS
+from gguf3n.recipes import find_recipe
 from gguf3n.validation import logits
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.divergence import Divergence, measure

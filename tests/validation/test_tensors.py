@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import measure_bands
 import gguf
+import measure_bands
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType

@@ -230,7 +230,9 @@ def test_cases_are_left_out_for_a_reason(
     case: Case, llama_cpp: LlamaCppTokenizer, make_checkpoint: Callable[..., Path]
 ) -> None:
     """They are cut in another way by those tokenizers, and by no others."""
-    references: list[ReferenceTokenizer] = [open_reference(open_source(make_checkpoint(tokenizer=t))) for t in ("json", "model")]
+    references: list[ReferenceTokenizer] = [
+        open_reference(open_source(make_checkpoint(tokenizer=t))) for t in ("json", "model")
+    ]
     ids = llama_cpp.encode(case.text)
     assert {reference.kind for reference in references if reference.encode(case.text) != ids} == case.unlike
 
