@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -20,7 +21,9 @@ from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import open_part
 from gguf3n.gemma3n.part import text_part
 from gguf3n.progress import Progress
+from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.result import Stage, Verdict
+from gguf3n.validation.stages import STAGES
 from gguf3n.validation.validate import Validation, validate
 from tests.validation import plant
 from tests.validation.plant_keys import FAULTS
@@ -204,6 +207,48 @@ def test_bad_options(options: list[str], said: str, sound: Path, tiny_checkpoint
     result = run("validate", sound, "--reference", tiny_checkpoint, *options)
     assert isinstance(result.exception, UsageError | gguf3n.Gguf3nError)
     assert said in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (None, list(Stage)),
+        ([TENSORS, STRUCTURE], [STRUCTURE, TENSORS]),
+        (["tensors", STRUCTURE, "tensors"], [STRUCTURE, TENSORS]),
+        ({"logits"}, [LOGITS]),
+        ("tokens", [TOKENS]),
+        ("logits, structure", [STRUCTURE, LOGITS]),
+    ],
+    ids=str,
+)
+def test_stages_by_name(stages: Any, expected: list[Stage]) -> None:
+    assert list(parse_validation(stages).stages) == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([], "no stage to run"),
+        ("", "no stage ''"),
+        (["logic"], "no stage 'logic'"),
+        ("tensors,logic", "no stage 'logic'"),
+        ([TENSORS, "Tensors"], "no stage 'Tensors'"),
+    ],
+    ids=str,
+)
+def test_stages_that_there_are_not(stages: Any, said: str, sound: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        validate(sound, tiny_checkpoint, stages=stages)
+    assert caught.value.expected == "structure, tensors, tokens, logits"
+
+
+def test_the_table_has_a_row_for_each_stage() -> None:
+    assert [row.stage for row in STAGES] == list(Stage)
+    names = {field.name for field in dataclasses.fields(ValidationOptions)}
+    for row in STAGES:
+        assert row.compares and row.against
+        assert set(row.options) <= names
+    assert len({option for row in STAGES for option in row.options}) == sum(len(row.options) for row in STAGES)
 
 
 @pytest.mark.parametrize("options", [["--stages", "tensors"], ["--report", "x.md"], ["--validate", "--dry-run"]])
