@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import QuantizationError
-from gguf3n.formats.gguf_layout import REQUIRES_QUANT_WEIGHTS, QType, aligned, tensor_bytes
+from gguf3n.formats.ggml_types import GGML_TYPES, Importances
+from gguf3n.formats.gguf_layout import QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
 from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.importance import Importance
@@ -68,7 +69,7 @@ def make_plan(
     Args:
         unfit_for_f16: names of tensors that F16 would harm.
 
-    Raises: QuantizationError if a type needs an importance matrix that has nothing for its tensor; UsageError for a
+    Raises: QuantizationError if a type needs an importance matrix and it has no entry for the tensor; UsageError for a
         rule of the user's that can't be used with this model.
     """
     facts = describe_tensors(part.tensors, None if importance is None else importance.quant_weights)
@@ -76,8 +77,8 @@ def make_plan(
     decisions = _decide(part.tensors, facts, recipe, unfit_for_f16)
     weights = importance.quant_weights if importance is not None else {}
     for tensor, decision in zip(part.tensors, decisions, strict=True):
-        impossible = decision.qtype in REQUIRES_QUANT_WEIGHTS and tensor.name not in weights
-        if decision.lacks_importance or impossible:
+        required = GGML_TYPES[decision.qtype].importances is Importances.REQUIRED
+        if decision.lacks_importance or (required and tensor.name not in weights):
             raise QuantizationError(
                 f"{recipe.name}: {decision.qtype.name} needs an importance matrix",
                 expected=f"an entry for {tensor.name}",

@@ -11,63 +11,18 @@ is wall-clock, memory the peak resident size of the process. Files are removed a
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import llama_cpp_tools
+from workshop import llama_cpp_tools
+from workshop.timing import Figure, measure, median, together
 
 COPY = (
     "import sys\n"
     "with open(sys.argv[1], 'rb', buffering=0) as source, open(sys.argv[2], 'wb', buffering=0) as target:\n"
     "    while data := source.read(1 << 24): target.write(data)\n"
 )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Units: seconds of wall-clock time, bytes of peak resident memory, bytes of the file written."""
-
-    seconds: float
-    peak_bytes: int
-    file_bytes: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.seconds:7.1f} s   {self.peak_bytes / 1e9:6.2f} GB peak"
-
-
-def measure(command: list[str], output: Path, *, keep: bool = False) -> Figure:
-    """Run a command; leaves with its output if it fails."""
-    os.sync()
-    with tempfile.TemporaryFile() as log:
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{' '.join(command)}\n{log.read().decode(errors='replace')[-3000:]}")
-    figure = Figure(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), output.stat().st_size)
-    if not keep:
-        output.unlink()
-    return figure
-
-
-def together(figures: list[Figure]) -> Figure:
-    """Commands that run one after the other: times add up, the larger peak counts."""
-    return Figure(sum(f.seconds for f in figures), max(f.peak_bytes for f in figures), figures[-1].file_bytes)
-
-
-def median(figures: list[Figure]) -> Figure:
-    return Figure(
-        statistics.median(f.seconds for f in figures), max(f.peak_bytes for f in figures), figures[-1].file_bytes
-    )
 
 
 def ours(source: Path, quant: str, directory: Path, threads: int | None) -> Figure:

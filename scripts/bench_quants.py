@@ -3,10 +3,13 @@
     python scripts/bench_quants.py                        every type
     python scripts/bench_quants.py Q4_K IQ3_S             these types
     python scripts/bench_quants.py --threads 2 --compile  also: speed-up on two threads, seconds to compile
-    python scripts/bench_quants.py --markdown             the table of the README
+    python scripts/bench_quants.py --cpu haswell          our kernels as a processor with AVX2 gets them
+    python scripts/bench_quants.py --markdown             the table of docs/speed.md
 
 ggml is llama.cpp's ggml_quantize_chunk in the xllamacpp wheel. The two take turns, so that a busy machine slows both;
 each figure is a median, in million weights a second; the ratio is the median over the turns, and most robust.
+
+--cpu changes our kernels only: what ggml_quantize_chunk runs is compiled into the wheel, for x86-64 in general.
 """
 
 from __future__ import annotations
@@ -15,27 +18,38 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
 
 from gguf3n.engines import ggml
 from gguf3n.quants import QUANTIZERS
+from workshop.timing import machine, seconds
 
 N_ROWS = 512
 N_PER_ROW = 2048
 SHORTEST_SAMPLE = 0.02
 """Seconds; faster calls are repeated within one sample."""
+
+AVX2_FEATURES = "sse3 ssse3 sse4.1 sse4.2 avx avx2 f16c fma bmi bmi2 lzcnt movbe popcnt"
+CPUS = {
+    "generic": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+    "haswell": {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in AVX2_FEATURES.split()),
+    },
+}
+"""What makes numba compile for x86-64 of 2003 (SSE2), and for AVX2 without AVX-512.
+
+Why both variables: without features, numba adds those of the machine that it runs on, AVX-512 among them.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,14 +68,6 @@ class Result:
     weighted: Rates | None
     speed_up: float | None
     compile_seconds: float | None
-
-
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """Seconds of one of `repeat` calls."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    return (time.perf_counter() - start) / repeat
 
 
 def repeats(call: Callable[[], object]) -> int:
@@ -118,6 +124,13 @@ def speed_up(qtype: QType, rows: np.ndarray, quant_weights: np.ndarray | None, t
         return statistics.median(repeat * seconds(alone, repeat) / seconds(together, 1) for _ in range(turns))
 
 
+def run_as(cpu: str, arguments: list[str]) -> int:
+    """Run this script anew, for another processor and with a cache of its own; the exit status."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, **CPUS[cpu], "NUMBA_CACHE_DIR": cache}
+        return subprocess.run([sys.executable, __file__, *arguments], env=environment).returncode
+
+
 def compile_seconds(qtype: QType) -> float:
     """Seconds of the first calls of both kernels in a new process with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
@@ -147,16 +160,6 @@ def sample(n_rows: int) -> tuple[np.ndarray, np.ndarray]:
     rows = rng.standard_normal((n_rows, N_PER_ROW), dtype=np.float32) * np.float32(0.02)
     rows = (rows.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     return rows, (rng.standard_t(4, size=N_PER_ROW) ** 2).astype(np.float32)
-
-
-def machine() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -216,9 +219,10 @@ def main() -> None:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="names of types; all of them without any")
     parser.add_argument("--threads", type=int, metavar="N", help="add the speed-up on N threads")
     parser.add_argument("--compile", action="store_true", help="add the seconds to compile both kernels of a type")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/speed.md")
     parser.add_argument("--rows", type=int, default=N_ROWS, help=f"rows of {N_PER_ROW} weights (default {N_ROWS})")
     parser.add_argument("--turns", type=int, default=5, help="how often both are measured (default 5)")
+    parser.add_argument("--cpu", choices=["host", *CPUS], default="host", help="what numba compiles for (default host)")
     parser.add_argument("--first-calls", metavar="TYPE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.first_calls:
@@ -227,13 +231,16 @@ def main() -> None:
     unknown = [name for name in args.types if name not in QType.__members__ or QType[name] not in QUANTIZERS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(qtype.name for qtype in QUANTIZERS)}")
+    if args.cpu != "host" and not CPUS[args.cpu].items() <= os.environ.items():
+        sys.exit(run_as(args.cpu, sys.argv[1:]))
     results = []
     for qtype in [QType[name] for name in args.types] or list(QUANTIZERS):
         print(f"{qtype.name} ...", end="\r", file=sys.stderr, flush=True)
         results.append(measure(qtype, args))
     header, lines = table(results, args.threads, args.compile)
     (print_markdown if args.markdown else print_plain)(header, lines)
-    print(f"\nMillion weights a second, one core; {machine()}.")
+    compiled_for = "" if args.cpu == "host" else f", gguf3n compiled for {args.cpu}"
+    print(f"\nMillion weights a second, one core; {machine()}{compiled_for}.")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import llama_cpp_tools
-
 import gguf3n
 from gguf3n.validation.divergence import Divergence
-from gguf3n.validation.logits import check_logits
 from gguf3n.validation.texts import built_in_text
+from workshop import llama_cpp_tools
 
 TYPES = ("F16", "Q8_0", "Q4_K_M", "Q2_K")
 N_CTX, N_CHUNKS = 512, 2
@@ -65,9 +63,25 @@ def differences(ours: Divergence, theirs: str) -> Iterator[str]:
         yield f"  {name:<22}{found:14.6f}{expected:14.6f}{'' if close else '  DIFFERENT'}"
 
 
+def logits(file: Path, source: Path, **options: Path) -> gguf3n.LogitsResult:
+    """What our own stage says of a file."""
+    validation = gguf3n.validate(
+        file,
+        source,
+        stages=["logits"],
+        n_tokens=N_CTX * N_CHUNKS,
+        n_ctx=N_CTX,
+        **options,  # type: ignore[arg-type]
+    )
+    result = validation.stages[gguf3n.Stage.LOGITS]
+    if not isinstance(result, gguf3n.LogitsResult):
+        sys.exit(str(result.problems))
+    return result
+
+
 def compare(base: Path, file: Path, source: Path) -> bool:
     """Measure a file against a base with both; whether they agree."""
-    ours = check_logits(file, source, use_reference=base, n_tokens=N_CTX * N_CHUNKS)
+    ours = logits(file, source, use_reference=base)
     theirs = perplexity("-m", file, "--kl-divergence", "--kl-divergence-base", base)
     lines = list(differences(ours.divergence, theirs))
     print(*lines, sep="\n", flush=True)
@@ -85,7 +99,7 @@ def main() -> None:
         gguf3n.convert(options.source, "F32", full)
         text.write_text(built_in_text(), "utf-8")
         bases = {"ours": directory / "ours.kld", "theirs": directory / "theirs.kld"}
-        check_logits(full, options.source, save_reference=bases["ours"], n_tokens=N_CTX * N_CHUNKS, n_ctx=N_CTX)
+        logits(full, options.source, save_reference=bases["ours"])
         perplexity("-m", full, "-f", text, "--chunks", N_CHUNKS, "--kl-divergence-base", bases["theirs"])
         same = True
         for quant in options.type or TYPES:

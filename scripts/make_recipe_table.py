@@ -1,4 +1,4 @@
-"""Writes the table of all quantizations into README.md, between its markers.
+"""Writes the table of all quantizations into docs/quantizations.md, between its markers.
 
 python scripts/make_recipe_table.py           write
 python scripts/make_recipe_table.py --check   only say whether it is up to date
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.planning import Estimate, estimate
 from gguf3n.recipes import find_recipe, preset_names
-
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- recipe-table:begin -->\n", "<!-- recipe-table:end -->\n"
+from workshop.pages import RECIPES, filled
 
 
 def table() -> str:
@@ -48,23 +45,15 @@ def counts(found: Estimate) -> str:
     return ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
-def updated(text: str) -> str:
-    """The README with the table as it should be."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{README}: no markers {BEGIN.strip()} and {END.strip()}")
-    return head + begin + table() + end + tail
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if README.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if docs/quantizations.md is not up to date")
     options = parser.parse_args()
-    text = README.read_text("utf-8")
+    page = RECIPES.read_text("utf-8")
+    up_to_date = filled(page, "recipe-table", table())
     if options.check:
-        sys.exit(text != updated(text))
-    README.write_text(updated(text), "utf-8")
+        sys.exit(page != up_to_date)
+    RECIPES.write_text(up_to_date, "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make_checkpoint as checkpoints
 import pytest
+
+from workshop import checkpoints
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_checkpoint(layout="nested", shards=3)`: the directory of such a checkpoint; see make_checkpoint.Options.
+    """`make_checkpoint(layout="nested", shards=3)`: the directory of such a checkpoint; see checkpoints.Options.
 
     Tests share it: what changes a file copies the directory first.
     """

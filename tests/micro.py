@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import make_checkpoint
 import numpy as np
+
+from workshop import checkpoints
 
 DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
 """safetensors' name of a numpy dtype; uint16 holds the bits of BF16."""
@@ -18,7 +19,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
 
 def config(**text: Any) -> dict[str, Any]:
     """A config.json in the published layout: three layers, the last with shared keys and values."""
-    raw = make_checkpoint.tiny_config()
+    raw = checkpoints.tiny_config()
     raw["text_config"] |= {
         "num_hidden_layers": 3,
         "num_kv_shared_layers": 1,
@@ -45,8 +46,8 @@ def tensors(raw: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {
         name: bf16_bits(rng.standard_normal(shape, np.float32))
-        for name, shape in make_checkpoint.tiny_shapes(dict(raw)).items()
-        if name.startswith(make_checkpoint.PUBLISHED)
+        for name, shape in checkpoints.tiny_shapes(dict(raw)).items()
+        if name.startswith(checkpoints.PUBLISHED)
     }
 
 
@@ -72,7 +73,7 @@ def make(
     """The whole checkpoint, with another config, other tensors or a model card where given."""
     raw = config() if raw is None else raw
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(make_checkpoint.TOKENIZER, directory, dirs_exist_ok=True)
+    shutil.copytree(checkpoints.TOKENIZER, directory, dirs_exist_ok=True)
     write_json(directory / "config.json", raw)
     write_safetensors(directory / "model.safetensors", tensors(raw) if arrays is None else arrays)
     if readme is not None:

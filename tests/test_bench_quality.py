@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-import bench_quality as bench
 import pytest
-from bench_quality import Quality, Row
 
 from gguf3n.validation.divergence import Divergence
+from workshop import pages
+from workshop import quality as bench
+from workshop.quality import Quality, Row
 
 
 def quality(bits: float, mean: float) -> Quality:
@@ -97,8 +98,8 @@ def test_windows() -> None:
         bench.windows_of([2, 3], bench.Options(ctx=8))
 
 
-def test_readme_markers() -> None:
-    text = f"before\n{bench.BEGIN}old\n{bench.END}after\n"
-    assert bench.updated(text, "new\n") == f"before\n{bench.BEGIN}new\n{bench.END}after\n"
+def test_markers() -> None:
+    page = "before\n<!-- x:begin -->\n{}<!-- x:end -->\nafter\n"
+    assert pages.filled(page.format("old\n"), "x", "new\n") == page.format("new\n")
     with pytest.raises(SystemExit, match="no markers"):
-        bench.updated("nothing", "new\n")
+        pages.filled("nothing", "x", "new\n")

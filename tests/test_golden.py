@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_llama_cpp import GOLDEN, MEANT, OURS, TYPES, describe, differences, meant
 
 import gguf3n
+from workshop.comparison import GOLDEN, MEANT, OURS, TYPES, describe, differences, meant
 
 every_type = pytest.mark.parametrize("quant", TYPES)
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import compare_imatrix
 import numpy as np
 import pytest
 
@@ -18,11 +17,12 @@ from gguf3n.cli import imatrix as command
 from gguf3n.engines.activations import Measurement, measure_chunks
 from gguf3n.errors import Interrupted, OutputError, UsageError
 from gguf3n.formats.imatrix import merge_imatrices, read_imatrix, write_imatrix
+from workshop import imatrix_comparison
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-TEXT = compare_imatrix.TEXT
+TEXT = imatrix_comparison.TEXT
 OPTIONS = ("--text", TEXT, "--ctx", "16", "--device", "cpu")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -191,7 +191,7 @@ def test_what_cannot_be_used_is_refused_before_any_work(
     run: Run, tiny_checkpoint: Path, replayed: Callable[[int | None], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     asked = replayed(None)
-    other, sample = tmp_path / "other.gguf", compare_imatrix.sample_files(tmp_path)[0]
+    other, sample = tmp_path / "other.gguf", imatrix_comparison.sample_files(tmp_path)[0]
     imatrix = read_imatrix(sample)
     entries = {name.replace("attn_q", "laurel_r"): entry for name, entry in imatrix.entries.items()}
     write_imatrix(replace(imatrix, chunk_size=16, entries=entries), other)
@@ -233,7 +233,7 @@ def test_show_statistics(
 
 
 def test_merge(run: Run, tmp_path: Path) -> None:
-    paths = compare_imatrix.sample_files(tmp_path)
+    paths = imatrix_comparison.sample_files(tmp_path)
     code, out, _ = run("imatrix", "merge", *paths, "-o", "m.gguf")
     assert code == 0 and plain(out) and "9 entries, 12 chunks of 128 tokens" in out
     expected = merge_imatrices([read_imatrix(path) for path in paths])

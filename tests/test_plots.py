@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import make_checkpoint as checkpoints
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.whole_file import WholeFile
 from gguf3n.inspection.network import kind, place, short_name
 from gguf3n.plots import KINDS, LayerError, Magnitude, error_svg, write_statistics_plot
+from workshop import checkpoints
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -42,7 +42,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "convert": Command("Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."),
     "quantize": Command("Quantize a GGUF file of Gemma 3n to one file, or to several from one read."),
-    "validate": Command("Prove a GGUF file against its source, tensor by tensor, token by token."),
+    "validate": Command("Compare a GGUF file with its source, tensor by tensor, token by token."),
     "imatrix": Command(
         "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}
     ),
@@ -50,8 +50,8 @@ COMMANDS: Mapping[str, Command] = {
         "List, show and extract quantizations.", {"list": "list_recipes", "show": "show", "extract": "extract"}
     ),
     "inspect": Command("Show what a GGUF file holds: a summary, or the views that are asked for."),
-    "lint": Command("Say what is wrong with a GGUF file, for which engine, and what mends it."),
-    "repair": Command("Mend what can be mended safely, and touch no tensor that need not be."),
+    "lint": Command("Say what is wrong with a GGUF file, for which engine, and how to fix it."),
+    "repair": Command("Fix what can be fixed safely; leave every other tensor alone."),
     "edit": Command("Change keys without touching tensors: first --apply, then --unset, --rename, --set."),
     "diff": Command("Compare two GGUF files."),
     "stats": Command("Show statistics of every weight, vision and audio included."),

@@ -63,14 +63,14 @@ def measure(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     ctx: Annotated[int, typer.Option(min=MIN_CTX, help="Tokens of a chunk.")] = N_CTX,
     chunks: Annotated[int | None, typer.Option(min=1, help="Chunks to read.", show_default="all")] = None,
-    from_chunk: Annotated[int, typer.Option(min=0, help="Leave out so many chunks at the start of the text.")] = 0,
+    from_chunk: Annotated[int, typer.Option(min=0, help="Skip this many chunks at the start of the text.")] = 0,
     parse_special: Annotated[
-        bool, typer.Option("--parse-special", help="Take <start_of_turn> and the like in the text for what they are.")
+        bool, typer.Option("--parse-special", help="Read <start_of_turn> and the like in the text as control tokens.")
     ] = False,
     layers_only: Annotated[
-        bool, typer.Option("--layers-only", help="No entries for the embedding tables, as llama-imatrix.")
+        bool, typer.Option("--layers-only", help="Leave out the embedding tables, as llama-imatrix does.")
     ] = False,
-    merge: Annotated[list[Path] | None, typer.Option(help="Add what this file has counted; repeatable.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="Add the counts of this file; repeatable.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Write the file after every so many chunks.")] = SAVE_EVERY,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -78,7 +78,7 @@ def measure(
     quiet: options.Quiet = False,
     force: options.Force = False,
 ) -> None:
-    """Run a checkpoint over text and write what its activations say of each column.
+    """Run a checkpoint over text and record how strongly each column is used.
 
     The file is also written after every --save-every chunks and on Ctrl-C.
     To go on from there, measure the rest with --from-chunk and --merge it.
@@ -162,7 +162,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 def show(
     file: Annotated[Path, typer.Argument(help="An importance matrix, .gguf or .dat.")],
     statistics: Annotated[
-        bool, typer.Option("--statistics", help="Each entry's and each layer's, as llama-imatrix has them.")
+        bool, typer.Option("--statistics", help="Show the statistics of each entry and layer, as llama-imatrix does.")
     ] = False,
     json: options.Json = False,
 ) -> None:

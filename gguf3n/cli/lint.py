@@ -32,7 +32,7 @@ def lint(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Say what is wrong with a GGUF file, for which engine, and what mends it. Exit code 12 for errors."""
+    """Say what is wrong with a GGUF file, for which engine, and how to fix it. Exit code 12 for errors."""
     if checks:
         _print_checks(as_json=json)
         return

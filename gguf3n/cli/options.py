@@ -41,7 +41,7 @@ TensorTypes = Annotated[
 Keep = Annotated[
     str | None,
     typer.Option(
-        help="f16 or bf16, for the matrices that are never quantized.", show_default="f16 where it holds them"
+        help="Type of the matrices that are never quantized: f16 or bf16.", show_default="f16 where it holds them"
     ),
 ]
 Against = Annotated[str | None, typer.Option(help="With --dry-run: show what differs from this quantization.")]
@@ -50,7 +50,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and writ
 Json = Annotated[bool, typer.Option("--json", help="One JSON result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and results.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-Validate = Annotated[bool, typer.Option("--validate", help="Prove what was written against its source.")]
+Validate = Annotated[bool, typer.Option("--validate", help="Compare what was written with its source.")]
 Stages = Annotated[
     str | None,
     typer.Option(

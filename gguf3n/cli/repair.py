@@ -35,13 +35,13 @@ def repair(
     file: Annotated[Path, typer.Argument(help="A GGUF file.")],
     fix: Annotated[
         list[str] | None,
-        typer.Option(help="Mend only what this check finds; repeatable.", show_default="all errors and warnings"),
+        typer.Option(help="Fix only what this check finds; repeatable.", show_default="all errors and warnings"),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write another file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the fixes and write nothing.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Mend what can be mended safely, and touch no tensor that need not be. Exit code 12 where errors are left."""
+    """Fix what can be fixed safely; leave every other tensor alone. Exit code 12 if errors are left."""
     result = run_repair(file, output=output, only=fix or (), dry_run=dry_run)
     if json:
         print_json(_as_json(result, dry_run=dry_run))

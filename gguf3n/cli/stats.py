@@ -70,10 +70,10 @@ def stats(
         typer.Option(help="The source of a GGUF file: the error of each tensor, and of each layer in the plot."),
     ] = None,
     f16_risk: Annotated[
-        bool, typer.Option("--f16-risk", help="List the convolutions whose sums can exceed float16's 65504.")
+        bool, typer.Option("--f16-risk", help="List the convolutions whose sums can exceed 65504, the largest float16.")
     ] = False,
     activation_max: Annotated[
-        float, typer.Option(help="With --f16-risk: the largest activation to reckon with.")
+        float, typer.Option(help="With --f16-risk: the largest activation to assume.")
     ] = ACTIVATION_MAX,
     sort: Annotated[Sort, typer.Option(help="What to sort by.")] = Sort.MAX,
     show_all: Annotated[bool, typer.Option("--all", help=f"Show all tensors, not the first {SHOWN}.")] = False,

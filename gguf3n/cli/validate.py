@@ -40,15 +40,15 @@ def validate(
         str | None, typer.Option(help="Address of a llama-server that has loaded FILE, to ask it for the logits.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for the reference model.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, likewise.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for the reference model.")] = "float32",
     save_reference: Annotated[
-        Path | None, typer.Option(help="Keep the reference's log-probabilities; a name in .kld for llama-perplexity.")
+        Path | None, typer.Option(help="Save the reference's log-probabilities; ending in .kld for llama-perplexity.")
     ] = None,
     use_reference: Annotated[
-        Path | None, typer.Option(help="Such a file: the reference model is not run again.")
+        Path | None, typer.Option(help="Use such a file; the reference model is not run again.")
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="The importance matrix FILE was quantized with: its tensors are judged sharper.")
+        Path | None, typer.Option(help="The importance matrix that FILE was made with; it is then judged more strictly.")
     ] = None,
     report: options.Report = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
@@ -57,7 +57,7 @@ def validate(
     quiet: options.Quiet = False,
     force: options.Force = False,
 ) -> None:
-    """Prove a GGUF file against its source, tensor by tensor, token by token. Exit code 12 if it fails."""
+    """Compare a GGUF file with its source, tensor by tensor, token by token. Exit code 12 if it fails."""
     chosen = parse_stages(stages)
     given = {"text": text, "server": server, "save_reference": save_reference, "use_reference": use_reference}
     given |= {"imatrix": imatrix}

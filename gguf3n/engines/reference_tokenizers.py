@@ -193,7 +193,7 @@ class LlamaCppTokenizer:
         if (model := self._subject.text(Keys.Tokenizer.MODEL)) != MODEL:
             raise GGUFError(f"{path}: {Keys.Tokenizer.MODEL} is another tokenizer's", expected=MODEL, found=str(model))
         if twice := next(duplicates(self._subject), None):
-            raise GGUFError(f"{path}: a text stands twice in the vocabulary; llama.cpp would abort", found=twice)
+            raise GGUFError(f"{path}: a text stands twice in the vocabulary; llama.cpp would abort", found=str(twice))
         bos_id = self._subject.integer(Keys.Tokenizer.BOS_ID)
         self.bos_id = 1 if bos_id is None else bos_id  # llama.cpp's default
         self._model = VocabularyModel(subject.gguf, with_template=False)

@@ -24,7 +24,6 @@ from gguf.constants import GGMLQuantizationType as QType
 __all__ = [
     "ALIGNMENT",
     "MAGIC",
-    "REQUIRES_QUANT_WEIGHTS",
     "SCALAR_CODES",
     "VERSION",
     "GGUFValueType",
@@ -55,9 +54,6 @@ SCALAR_CODES: dict[GGUFValueType, str] = {
     GGUFValueType.BOOL: "?",
 }
 """`struct` and numpy code of each value type of a fixed size."""
-
-REQUIRES_QUANT_WEIGHTS = frozenset({QType.IQ2_XXS, QType.IQ2_XS, QType.IQ1_S})
-"""Types that ggml quantizes only with an importance for each column. Source: ggml_quantize_requires_imatrix."""
 
 Scalar: TypeAlias = int | float | bool | str
 Value: TypeAlias = Scalar | Sequence[Scalar]

@@ -173,10 +173,12 @@ class GGUFTensor:
 class Problem:
     """A fault of the layout that leaves the header readable.
 
-    `kind` is one of duplicate-key, alignment-key, duplicate-tensor, misaligned, truncated, overlap, parts.
+    `kind` is one of duplicate-key, alignment-key, duplicate-tensor, misaligned, truncated, overlap, parts; `where` the
+    key, tensor or part.
     """
 
     kind: str
+    where: str
     what: str
     expected: str | None = None
     found: str | None = None
@@ -308,15 +310,18 @@ def _join(files: list[GGUFFile], strict: bool) -> GGUFFile:
     by_name: dict[str, GGUFTensor] = {}
     for tensor in tensors:
         if by_name.setdefault(tensor.name, tensor) is not tensor:
-            problems.append(Problem("duplicate-tensor", f"tensor {tensor.name!r} is in two parts"))
+            problems.append(Problem("duplicate-tensor", tensor.name, f"tensor {tensor.name!r} is in two parts"))
     for part, file in enumerate(files):
         number = file.keys.get("split.no")
         if number is None or number.value != part:
             found = "no split.no" if number is None else f"split.no {number.value}"
-            problems.append(Problem("parts", f"part {part + 1} is another one", f"split.no {part}", found))
+            where = f"part {part + 1}"
+            problems.append(Problem("parts", where, f"{where} is another one", f"split.no {part}", found))
     total = first.keys.get("split.tensors.count")
     if total is not None and total.value != len(tensors):
-        problems.append(Problem("parts", "tensors are missing", f"{total.value}", f"{len(tensors)}"))
+        problems.append(
+            Problem("parts", "split.tensors.count", "tensors are missing", f"{total.value}", f"{len(tensors)}")
+        )
     joined = replace(
         first,
         parts=tuple(file.parts[0] for file in files),
@@ -362,7 +367,7 @@ class _Walk:
         keys: dict[str, GGUFKey] = {}
         for key in all_keys:
             if keys.setdefault(key.name, key) is not key:
-                self.problem("duplicate-key", f"key {key.name!r} stands twice")
+                self.problem("duplicate-key", key.name, f"key {key.name!r} stands twice")
         alignment = self.alignment(keys)
         entries = [self.tensor_entry(f"tensor {index}") for index in range(n_tensors)]
         data_start = aligned(self.position, alignment) if entries else self.position
@@ -499,14 +504,12 @@ class _Walk:
             return ALIGNMENT
         value = key.value
         if key.type is not GGUFValueType.UINT32 or not isinstance(value, int):
-            self.problem(
-                "alignment-key", "general.alignment has the wrong type", expected="uint32", found=key.type_name
-            )
+            what = "general.alignment has the wrong type"
+            self.problem("alignment-key", key.name, what, expected="uint32", found=key.type_name)
             return ALIGNMENT
         if not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
-            self.problem(
-                "alignment-key", "general.alignment is impossible", expected="a power of two", found=str(value)
-            )
+            what = "general.alignment is impossible"
+            self.problem("alignment-key", key.name, what, expected="a power of two", found=str(value))
             return ALIGNMENT
         return int(value)
 
@@ -538,7 +541,7 @@ class _Walk:
         names: set[str] = set()
         for name, shape, qtype, offset in entries:
             if name in names:
-                self.problem("duplicate-tensor", f"tensor {name!r} stands twice")
+                self.problem("duplicate-tensor", name, f"tensor {name!r} stands twice")
             names.add(name)
             try:
                 n_bytes = tensor_bytes(qtype, shape)
@@ -547,6 +550,7 @@ class _Walk:
             if offset % alignment:
                 self.problem(
                     "misaligned",
+                    name,
                     f"tensor {name!r} is not aligned",
                     expected=f"a multiple of {alignment}",
                     found=str(offset),
@@ -554,6 +558,7 @@ class _Walk:
             if data_start + offset + n_bytes > self.file_bytes:
                 self.problem(
                     "truncated",
+                    name,
                     f"truncated: tensor {name!r} ends past the file",
                     expected=f"at least {data_start + offset + n_bytes:,} bytes",
                     found=f"{self.file_bytes:,} bytes",
@@ -562,15 +567,17 @@ class _Walk:
         end = data_start
         for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
             if tensor.offset < end:
-                self.problem("overlap", f"tensor {tensor.name!r} overlaps another")
+                self.problem("overlap", tensor.name, f"tensor {tensor.name!r} overlaps another")
             end = max(end, tensor.offset + tensor.n_bytes)
         return tensors
 
-    def problem(self, kind: str, what: str, *, expected: str | None = None, found: str | None = None) -> None:
+    def problem(
+        self, kind: str, where: str, what: str, *, expected: str | None = None, found: str | None = None
+    ) -> None:
         """A fault that leaves the header readable: raised or collected."""
         if self.strict:
             raise self.error(what, expected=expected, found=found)
-        self.problems.append(Problem(kind, what, expected, found))
+        self.problems.append(Problem(kind, where, what, expected, found))
 
     def error(self, what: str, *, expected: str | None = None, found: str | None = None) -> GGUFError:
         return GGUFError(f"{self.source.name}: {what}", expected=expected, found=found)

@@ -128,7 +128,7 @@ def write_logprobs(
 
 
 def rows_bytes(path: Path, token_ids: NDArray[np.int32], n_vocab: int) -> int:
-    """How large a file of this name gets, but for its header."""
+    """The size of a file of this name, without its header."""
     return _data_bytes(token_ids.shape, n_vocab, is_kld=path.suffix == KLD_SUFFIX)
 
 

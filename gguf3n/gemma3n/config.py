@@ -21,8 +21,11 @@ MODEL_TYPES = ("gemma3n", "gemma3n_text")
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
+N_KV_LAYERS = 20
+"""Layers with keys and values of their own, as llama.cpp has it built in."""
+
 LLAMA_CPP_FIXED: tuple[tuple[str, int], ...] = (
-    ("n_kv_layers", 20),
+    ("n_kv_layers", N_KV_LAYERS),
     ("n_sparse_layers", 10),
     ("altup_num_inputs", 4),
     ("altup_active_idx", 0),

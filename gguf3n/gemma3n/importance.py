@@ -70,8 +70,8 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
     lacking = [name for name in wanted if name not in weights]
     notices = []
     for names, what in (
-        (unknown, "match no tensor of the model and are not used"),
-        (uncounted, "count no activations and weigh all columns alike"),
+        (unknown, "have no tensor in this model and are not used"),
+        (uncounted, "counted no input, so all their columns weigh the same"),
     ):
         if names:
             notices.append(f"{imatrix.path}: {len(names)} entries {what}: {_some(names)}")

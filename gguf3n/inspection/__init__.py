@@ -2,7 +2,7 @@
 
 summary.py     what a file holds: model, types, layers
 lint.py        the table of faults, and what of them a file has
-deep.py        lint's checks of the data
+checks_*.py    the checks themselves; scan.py reads every byte for those of the data
 repair.py      the fixes that are safe
 edit.py        keys set, removed, renamed, and the undoing of it
 diff.py        how two files differ

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 
+from gguf3n.formats.ggml_types import GGML_TYPES, TYPE_OF_FTYPE
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFKey
-from gguf3n.gemma3n.config import LLAMA_CPP_FIXED
+from gguf3n.gemma3n.config import LLAMA_CPP_FIXED, N_KV_LAYERS
 from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.text import ARCH, KEYS
-from gguf3n.inspection.subject import N_KV_LAYERS, OPTIONAL_TENSORS, SIZE_KEYS, TABLES, Subject
+from gguf3n.inspection.found import FILE, Found, absent, named, said
+from gguf3n.inspection.subject import OPTIONAL_TENSORS, SIZE_KEYS, TABLES, Subject
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES
 
 U32, I32, F32, BOOL, STRING, ARRAY = (
@@ -84,86 +87,72 @@ LAYER_ARRAYS: tuple[str, ...] = (
 OWN_CHECKS = (Keys.LLM.BLOCK_COUNT, Keys.Attention.SHARED_KV_LAYERS)
 """Of SIZE_KEYS, those that `block_count` and `fixed_sizes` look at."""
 
-FTYPE_TYPES: Mapping[LlamaFileType, QType] = {
-    LlamaFileType.MOSTLY_Q2_K_S: QType.Q2_K,
-    LlamaFileType.MOSTLY_Q3_K_S: QType.Q3_K,
-    LlamaFileType.MOSTLY_Q3_K_M: QType.Q3_K,
-    LlamaFileType.MOSTLY_Q3_K_L: QType.Q3_K,
-    LlamaFileType.MOSTLY_Q4_K_S: QType.Q4_K,
-    LlamaFileType.MOSTLY_Q4_K_M: QType.Q4_K,
-    LlamaFileType.MOSTLY_Q5_K_S: QType.Q5_K,
-    LlamaFileType.MOSTLY_Q5_K_M: QType.Q5_K,
-    LlamaFileType.MOSTLY_IQ2_S: QType.IQ2_XS,
-    LlamaFileType.MOSTLY_IQ2_M: QType.IQ2_S,
-    LlamaFileType.MOSTLY_IQ3_XS: QType.IQ3_S,
-    LlamaFileType.MOSTLY_IQ3_M: QType.IQ3_S,
-    LlamaFileType.ALL_F32: QType.F32,
-}
-"""The type that a file type is named for, where its name says another. Source: llama_model_quantize_impl."""
 
-GUESSED_FTYPES: Mapping[QType, LlamaFileType] = {
-    QType.Q3_K: LlamaFileType.MOSTLY_Q3_K_M,
-    QType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
-    QType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
-    QType.F32: LlamaFileType.ALL_F32,
-}
-"""What llama.cpp takes a file for by its most frequent type, where the name of the type does not say."""
-
-
-def missing_keys(subject: Subject) -> Iterator[str]:
+def missing_keys(subject: Subject) -> Iterator[Found]:
     for name in REQUIRED:
         if name.format(arch=ARCH) not in subject.gguf.keys:
-            yield name.format(arch=ARCH)
+            yield named(name.format(arch=ARCH), "is missing")
 
 
-def assumed_keys(subject: Subject) -> Iterator[str]:
+def assumed_keys(subject: Subject) -> Iterator[Found]:
     for key in KEYS:
         if key.name not in REQUIRED and key.name.format(arch=ARCH) not in subject.gguf.keys:
-            yield key.name.format(arch=ARCH)
+            yield named(key.name.format(arch=ARCH), "is missing")
 
 
-def shared_kv_type(subject: Subject) -> Iterator[str]:
+class KeyType(NamedTuple):
+    """The type that a key should have; of an array, that of its elements."""
+
+    kind: GGUFValueType
+    is_array: bool = False
+
+    def __str__(self) -> str:
+        return ("array of " if self.is_array else "") + str(self.kind.name.lower())
+
+
+def shared_kv_type(subject: Subject) -> Iterator[Found]:
     key = subject.gguf.keys.get(SHARED_KV)
-    if key is not None and key.type is not U32:
-        yield f"{key.name} is {key.type_name}, not uint32"
+    if key is not None and (wanted := wanted_type(key)):
+        yield Found(key.name, f"is {key.type_name}, not {wanted}")
 
 
-def mistyped_keys(subject: Subject) -> Iterator[str]:
+def mistyped_keys(subject: Subject) -> Iterator[Found]:
     for key in subject.gguf.keys.values():
-        if key.name != SHARED_KV and (types := wanted_types(key)):
-            yield f"{key.name} is {key.type_name}, not {types}"
+        if key.name != SHARED_KV and (wanted := wanted_type(key)):
+            yield Found(key.name, f"is {key.type_name}, not {wanted}")
 
 
-def wanted_types(key: GGUFKey) -> str:
-    """The types that a key should have, where it has none of them; else nothing."""
+def wanted_type(key: GGUFKey) -> KeyType | None:
+    """The type that a key should have, where it has none that its readers take."""
     scalars, elements = KEY_TYPES.get(key.name), ARRAY_TYPES.get(key.name)
     if isinstance(key.value, GGUFArray):
         if elements is None and key.name in ALSO_ARRAYS:
             elements = (U32, I32)
         if elements is None:
-            return f"{scalars[0].name.lower()}" if scalars else ""
-        return "" if key.value.element_type in elements else f"array of {elements[0].name.lower()}"
+            return KeyType(scalars[0]) if scalars else None
+        return None if key.value.element_type in elements else KeyType(elements[0], is_array=True)
     if scalars is None and key.name in ALSO_SCALARS:
         scalars = (U32,)
     if scalars is None:
-        return f"array of {elements[0].name.lower()}" if elements else ""
-    return "" if key.type in scalars else str(scalars[0].name.lower())
+        return KeyType(elements[0], is_array=True) if elements else None
+    return None if key.type in scalars else KeyType(scalars[0])
 
 
-def array_lengths(subject: Subject) -> Iterator[str]:
+def array_lengths(subject: Subject) -> Iterator[Found]:
     for name in LAYER_ARRAYS:
         array = subject.array(name)
         if array is not None and len(array) != subject.n_layers:
-            yield f"{name.format(arch=ARCH)} has {len(array)} items for {subject.n_layers} layers"
+            yield Found(name.format(arch=ARCH), f"has {len(array)} items for {subject.n_layers} layers")
 
 
-def block_count(subject: Subject) -> Iterator[str]:
+def block_count(subject: Subject) -> Iterator[Found]:
     count = subject.integer(Keys.LLM.BLOCK_COUNT)
     if count is not None and count != subject.n_layers:
-        yield f"block_count {count}, tensors of {subject.n_layers} layers"
+        what = f"{count}, tensors of {subject.n_layers} layers"
+        yield Found(Keys.LLM.BLOCK_COUNT.format(arch=ARCH), what, f"block_count {what}")
 
 
-def size_keys(subject: Subject) -> Iterator[str]:
+def size_keys(subject: Subject) -> Iterator[Found]:
     """Keys that say another size than the tensors have."""
     for name in SIZE_KEYS:
         key = subject.gguf.keys.get(name.format(arch=ARCH))
@@ -171,7 +160,7 @@ def size_keys(subject: Subject) -> Iterator[str]:
         if key is None or expected is None or name in OWN_CHECKS:
             continue
         if not _says(key, expected):
-            yield f"{key.name} {_text(key)}, by the tensors {_text(expected)}"
+            yield Found(key.name, f"{_text(key)}, by the tensors {_text(expected)}")
 
 
 def _says(key: GGUFKey, expected: KeyValue) -> bool:
@@ -198,7 +187,7 @@ def _text(key: GGUFKey | KeyValue) -> str:
     return "[" + ", ".join(map(str, distinct[:4])) + (", …]" if len(distinct) > 4 else "]")
 
 
-def fixed_sizes(subject: Subject) -> Iterator[str]:
+def fixed_sizes(subject: Subject) -> Iterator[Found]:
     words = subject.sizes.by_word
     has = {
         "altup_num_inputs": words.get("altup"),
@@ -214,7 +203,7 @@ def fixed_sizes(subject: Subject) -> Iterator[str]:
     for name, fixed in LLAMA_CPP_FIXED:
         value = has.get(name)
         if value is not None and value != fixed:
-            yield f"{name} is {value}, and {fixed} in llama.cpp"
+            yield Found(name, f"is {value}, and {fixed} in llama.cpp")
 
 
 def _n_sparse(subject: Subject) -> int | None:
@@ -224,74 +213,77 @@ def _n_sparse(subject: Subject) -> int | None:
     return int((scales.numpy() > 0).sum())
 
 
-def mixed_ffn(subject: Subject) -> Iterator[str]:
+def mixed_ffn(subject: Subject) -> Iterator[Found]:
     widths = Counter(width for width in subject.sizes.ffn if width)
     if len(widths) > 1:
-        yield ", ".join(f"{width} in {n} layers" for width, n in widths.most_common())
+        what = ", ".join(f"{width} in {n} layers" for width, n in widths.most_common())
+        yield said(Keys.LLM.FEED_FORWARD_LENGTH.format(arch=ARCH), what)
 
 
-def missing_tensors(subject: Subject) -> Iterator[str]:
+def missing_tensors(subject: Subject) -> Iterator[Found]:
     if not subject.n_layers:
-        yield "there are no layers"
+        yield said(FILE, "there are no layers")
     for name in subject.wanted:
         if name not in subject.gguf.tensors and not subject.is_idle(name):
-            yield name
+            yield named(name, "is missing")
 
 
-def missing_idle_tensors(subject: Subject) -> Iterator[str]:
+def missing_idle_tensors(subject: Subject) -> Iterator[Found]:
     for name in subject.wanted:
         if name not in subject.gguf.tensors and subject.is_idle(name):
-            yield name
+            yield named(name, "is missing")
 
 
-def extra_tensors(subject: Subject) -> Iterator[str]:
+def extra_tensors(subject: Subject) -> Iterator[Found]:
     for name in subject.gguf.tensors:
         if name not in subject.wanted and name not in OPTIONAL_TENSORS:
-            yield name
+            yield named(name, "is no tensor of a Gemma 3n")
 
 
-def wrong_shapes(subject: Subject) -> Iterator[str]:
+def wrong_shapes(subject: Subject) -> Iterator[Found]:
     for tensor, rule, bid in subject.known_tensors():
         expected = subject.expected_shape(rule, bid)
         if tensor.name in TABLES and expected is not None and len(tensor.shape) == 2:
             expected = (tensor.shape[0], expected[1])  # their rows have a check of their own
         if expected is not None and tensor.shape != expected:
-            yield f"{tensor.name} is {list(tensor.shape)}, not {list(expected)}"
+            yield Found(tensor.name, f"is {list(tensor.shape)}, not {list(expected)}")
 
 
-def float_tensors(subject: Subject) -> Iterator[str]:
+def float_tensors(subject: Subject) -> Iterator[Found]:
     for tensor, rule, _ in subject.known_tensors():
         if rule.storage is Storage.FLOAT32 and tensor.qtype is not QType.F32:
-            yield f"{tensor.name} is {tensor.qtype.name}, not F32"
+            yield Found(tensor.name, f"is {tensor.qtype.name}, not F32")
 
 
-def ple_type(subject: Subject) -> Iterator[str]:
+def ple_type(subject: Subject) -> Iterator[Found]:
     tensor = subject.gguf.tensors.get(PER_LAYER_TOKEN_EMBD)
     if tensor is not None and tensor.qtype not in PLE_TYPES:
-        yield f"{tensor.name} is {tensor.qtype.name}"
+        yield Found(tensor.name, f"is {tensor.qtype.name}")
 
 
-def table_rows(subject: Subject) -> Iterator[str]:
+def table_rows(subject: Subject) -> Iterator[Found]:
     rows = {name: n for name in TABLES if (n := subject.n_rows(name)) is not None}
     if subject.tokens:
         rows["the vocabulary"] = len(subject.tokens)
     if len(set(rows.values())) > 1:
-        yield ", ".join(f"{name} {n:,}" for name, n in rows.items())
+        shortest = min(rows, key=rows.__getitem__)
+        yield said(shortest, ", ".join(f"{name} {n:,}" for name, n in rows.items()))
 
 
-def file_type(subject: Subject) -> Iterator[str]:
+def file_type(subject: Subject) -> Iterator[Found]:
     value = subject.number(Keys.General.FILE_TYPE)
     if value is None:
-        yield f"there is no {Keys.General.FILE_TYPE}"
+        yield absent(Keys.General.FILE_TYPE)
         return
     try:
         ftype = LlamaFileType(value)
     except ValueError:
-        yield f"{Keys.General.FILE_TYPE} {value} is none"
+        yield Found(Keys.General.FILE_TYPE, f"{value} is none")
         return
-    qtype = FTYPE_TYPES.get(ftype) or QType.__members__.get(ftype.name.removeprefix("MOSTLY_"))
+    qtype = TYPE_OF_FTYPE.get(ftype, QType.__members__.get(ftype.name.removeprefix("MOSTLY_")))
     if qtype is not None and (found := layer_types(subject)) and qtype not in found:
-        yield f"{ftype.name}, but the matrices are {', '.join(t.name for t, _ in found.most_common(3))}"
+        usual = ", ".join(t.name for t, _ in found.most_common(3))
+        yield said(Keys.General.FILE_TYPE, f"{ftype.name}, but the matrices are {usual}")
 
 
 def layer_types(subject: Subject) -> Counter[QType]:
@@ -301,17 +293,17 @@ def layer_types(subject: Subject) -> Counter[QType]:
 
 
 def guessed_file_type(subject: Subject) -> LlamaFileType | None:
-    """The file type that the matrices look like."""
+    """The file type that the matrices look like; that of a type which can't be written has its name."""
     found = layer_types(subject)
     if not found:
         return None
     qtype = found.most_common(1)[0][0]
-    return GUESSED_FTYPES.get(qtype) or LlamaFileType.__members__.get(f"MOSTLY_{qtype.name}")
+    return GGML_TYPES[qtype].ftype if qtype in GGML_TYPES else LlamaFileType.__members__.get(f"MOSTLY_{qtype.name}")
 
 
-def quantization_version(subject: Subject) -> Iterator[str]:
+def quantization_version(subject: Subject) -> Iterator[Found]:
     value = subject.number(Keys.General.QUANTIZATION_VERSION)
     if value is None:
-        yield f"there is no {Keys.General.QUANTIZATION_VERSION}"
+        yield absent(Keys.General.QUANTIZATION_VERSION)
     elif value != GGML_QUANT_VERSION:
-        yield f"{Keys.General.QUANTIZATION_VERSION} {value}, not {GGML_QUANT_VERSION}"
+        yield Found(Keys.General.QUANTIZATION_VERSION, f"{value}, not {GGML_QUANT_VERSION}")

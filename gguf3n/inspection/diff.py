@@ -22,7 +22,7 @@ MAX_TOKENS_SHOWN = 20
 
 @dataclass(frozen=True)
 class KeyChange:
-    """A key that is not the same: types and values, None where a file lacks it. `n_items` differ of an array."""
+    """A key that differs: its types and values, None in a file without it. Of an array, `n_items` differ."""
 
     name: str
     types: tuple[str | None, str | None]

@@ -45,7 +45,7 @@ class Edit:
 
 
 def edit(
-    path: str | Path, operations: Iterable[Operation], *, output: Path | None = None, dry_run: bool = False
+    path: str | Path, operations: Iterable[Operation], *, output: str | Path | None = None, dry_run: bool = False
 ) -> Edit:
     """Change a file's keys, one operation after another.
 
@@ -66,7 +66,7 @@ def edit(
     if dry_run:
         how = "unchanged" if not draft.changed else "copied" if draft.patches() is None else "in place"
     else:
-        how = draft.save(output)
+        how = draft.save(None if output is None else Path(output))
     return Edit(path, tuple(changes), how, tuple(undo))
 
 

@@ -9,6 +9,8 @@ import enum
 import re
 from dataclasses import dataclass
 
+from gguf3n.gemma3n.names import bare_name
+
 
 class Section(enum.Enum):
     """A part of the model with an input of its own, in the order of a plot."""
@@ -44,10 +46,7 @@ STAGES: tuple[tuple[Section, str, str], ...] = (
 )  # fmt: skip
 """Section, name and pattern of each part; the first that matches counts. Numbers are those of layers and blocks."""
 
-PREFIX = re.compile(
-    r"^(?:base_model\.model\.)?(?:model\.)?(?:vision_tower\.(?:timm_model\.)?|audio_tower\."
-    r"|language_model\.(?:model\.)?)?"
-)
+TOWER = re.compile(r"^(?:vision_tower\.(?:timm_model\.)?|audio_tower\.)")
 
 _PATTERNS = tuple((section, stage, re.compile(pattern)) for section, stage, pattern in STAGES)
 
@@ -95,4 +94,4 @@ def kind(name: str, shape: tuple[int, ...]) -> Kind:
 
 def short_name(name: str) -> str:
     """Without what all tensors of a section share."""
-    return PREFIX.sub("", name).removesuffix(".weight")
+    return TOWER.sub("", bare_name(name)).removesuffix(".weight")

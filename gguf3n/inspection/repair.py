@@ -1,6 +1,6 @@
 """The fixes that are safe: for each check that has one, what it changes in the draft of a new header.
 
-A fix is safe if what it writes follows from the file itself, from what every Gemma 3n has, or is never evaluated.
+A fix is safe if what it writes follows from the file or from what every Gemma 3n has, or if it is never evaluated.
 Weights are copied at most; none is computed.
 """
 
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, Keys, TokenType
@@ -24,7 +25,7 @@ from gguf3n.gemma3n.tokenizer import BYTE_PIECE, UNUSED_SCORE
 from gguf3n.inspection import checks_model as model
 from gguf3n.inspection import checks_vocabulary as vocabulary
 from gguf3n.inspection.lint import Finding, Report, Severity, lint_file
-from gguf3n.inspection.subject import SIZE_KEYS, TABLES, Subject
+from gguf3n.inspection.subject import TABLES, Subject
 
 MAX_ROUNDS = 4
 """A fix can bring another fault to light, as the number of layers does."""
@@ -56,6 +57,11 @@ INTEGER_TYPES = frozenset(
 )  # fmt: skip
 
 
+Findings: TypeAlias = Sequence[Finding]
+Fixer: TypeAlias = Callable[[Subject, Draft, Findings], Iterator[str]]
+"""Changes the draft, and says what it did, from what one check found in the file as the fixes before it left it."""
+
+
 @dataclass(frozen=True)
 class Fix:
     """One fix that was made: the check it answers, and what it did."""
@@ -74,7 +80,9 @@ class Repair:
     left: tuple[Finding, ...]
 
 
-def repair(path: str | Path, *, output: Path | None = None, only: Sequence[str] = (), dry_run: bool = False) -> Repair:
+def repair(
+    path: str | Path, *, output: str | Path | None = None, only: Sequence[str] = (), dry_run: bool = False
+) -> Repair:
     """Mend what lint finds, errors and warnings, or the faults that are named.
 
     Args:
@@ -92,20 +100,21 @@ def repair(path: str | Path, *, output: Path | None = None, only: Sequence[str] 
     if dry_run:
         how = "unchanged" if not draft.changed else "copied" if draft.patches() is None else "in place"
     else:
-        how = draft.save(output)
+        how = draft.save(None if output is None else Path(output))
     return Repair(path, tuple(fixes), how, report.findings)
 
 
 def plan_repair(draft: Draft, only: Sequence[str] = ()) -> tuple[list[Fix], Report]:
-    """Change the draft until lint finds nothing more that has a fix; what was done, and what lint says then."""
+    """Change the draft until lint finds nothing more that can be fixed; the fixes, and what lint still finds."""
     fixes: list[Fix] = []
     subject = Subject(draft.preview() if draft.changed else draft.gguf)
     report = lint_file(subject.gguf)
     for _ in range(MAX_ROUNDS):
         before = len(fixes)
-        for check_id in dict.fromkeys(f.check.id for f in report.findings if _is_wanted(f, only, draft.gguf)):
-            made = [Fix(check_id, what) for what in FIXES[check_id](subject, draft)]
-            if made:  # the next fix sees what this one did
+        for check in dict.fromkeys(f.check for f in report.findings if _is_wanted(f, only, draft.gguf)):
+            findings = tuple(check.findings(subject))  # what the fixes before this one have left
+            made = [Fix(check.id, what) for what in FIXES[check.id](subject, draft, findings)] if findings else []
+            if made:
                 subject = Subject(draft.preview())
             fixes += made
         if len(fixes) == before:
@@ -121,13 +130,13 @@ def _is_wanted(finding: Finding, only: Sequence[str], gguf: GGUFFile) -> bool:
     return check.id not in MOVING or not any(problem.kind in LOST for problem in gguf.problems)
 
 
-def _relay(subject: Subject, draft: Draft) -> Iterator[str]:
+def _relay(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     if not draft.relaid:
         draft.relaid = True
         yield "place the tensors one after another, aligned"
 
 
-def _drop_duplicate_keys(subject: Subject, draft: Draft) -> Iterator[str]:
+def _drop_duplicate_keys(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     kept: dict[str, bytes] = {}
     for name, packed in list(draft.packed):
         if name not in kept:
@@ -139,17 +148,17 @@ def _drop_duplicate_keys(subject: Subject, draft: Draft) -> Iterator[str]:
             yield f"remove the second {name}"
 
 
-def _drop_empty_key(subject: Subject, draft: Draft) -> Iterator[str]:
+def _drop_empty_key(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     draft.unset("")
     yield "remove the key without a name"
 
 
-def _drop_alignment(subject: Subject, draft: Draft) -> Iterator[str]:
+def _drop_alignment(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     draft.unset(Keys.General.ALIGNMENT)
     yield f"remove {Keys.General.ALIGNMENT}: the default is 32"
 
 
-def _drop_duplicate_tensors(subject: Subject, draft: Draft) -> Iterator[str]:
+def _drop_duplicate_tensors(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     kept: dict[str, DraftTensor] = {}
     for tensor in list(draft.tensors):
         first = kept.setdefault(tensor.name, tensor)
@@ -183,54 +192,38 @@ def _text(key: KeyValue) -> str:
     return f"{len(items):,} items ({head[:40]}{'…' if len(head) > 40 else ''}), {kind.lower()}"
 
 
-def _expected(names: Sequence[str], why: str, when: Callable[[Subject], Iterator[str]]) -> Fixer:
+def _expected(why: str) -> Fixer:
     """A fixer that sets keys to the values that follow from the tensors or are the same in every Gemma 3n."""
 
-    def fix(subject: Subject, draft: Draft) -> Iterator[str]:
-        found = " ".join(when(subject))
-        for name in names:
-            key = subject.expected_keys.get(name.format(arch=ARCH))
-            if key is not None and key.name in found.split():
+    def fix(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
+        wrong = {finding.where for finding in findings}
+        for key in subject.expected_keys.values():
+            if key.name in wrong:
                 yield _set(draft, key, why)
 
     return fix
 
 
-def _add_keys(subject: Subject, draft: Draft) -> Iterator[str]:
-    missing = {*model.missing_keys(subject), *model.assumed_keys(subject)}
-    for key in subject.expected_keys.values():
-        if key.name in missing:
-            yield _set(draft, key, "as the tensors and every Gemma 3n have it")
-
-
-def _block_count(subject: Subject, draft: Draft) -> Iterator[str]:
+def _block_count(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     key = subject.expected_keys.get(Keys.LLM.BLOCK_COUNT.format(arch=ARCH))
-    if key is not None and not list(model.missing_tensors(subject)):
+    if key is not None and not any(model.missing_tensors(subject)):
         yield _set(draft, key, "the layers that have tensors")
 
 
-def _retype_shared_kv(subject: Subject, draft: Draft) -> Iterator[str]:
-    yield from _retype(subject, draft, subject.gguf.keys[model.SHARED_KV], "uint32")
+def _retype_keys(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
+    """Give keys the types they should have: with their values where these fit, else with those expected."""
+    for finding in findings:
+        key = subject.gguf.keys[finding.where]
+        if wanted := model.wanted_type(key):
+            replacement = _converted(key, wanted) or subject.expected_keys.get(key.name)
+            if replacement is not None:
+                yield _set(draft, replacement, f"was {key.type_name}")
 
 
-def _retype_keys(subject: Subject, draft: Draft) -> Iterator[str]:
-    for key in subject.gguf.keys.values():
-        if key.name != model.SHARED_KV and (wanted := model.wanted_types(key)):
-            yield from _retype(subject, draft, key, wanted)
-
-
-def _retype(subject: Subject, draft: Draft, key: GGUFKey, wanted: str) -> Iterator[str]:
-    """Give a key the type it should have: with its value where that fits, else with the one expected."""
-    kind = GGUFValueType[wanted.removeprefix("array of ").upper()]
-    converted = _converted(key, kind, is_array=wanted.startswith("array"))
-    replacement = converted or subject.expected_keys.get(key.name)
-    if replacement is not None:
-        yield _set(draft, replacement, f"was {key.type_name}")
-
-
-def _converted(key: GGUFKey, kind: GGUFValueType, *, is_array: bool) -> KeyValue | None:
+def _converted(key: GGUFKey, wanted: model.KeyType) -> KeyValue | None:
     """The same value in another type, where it fits exactly."""
-    if isinstance(key.value, GGUFArray) is not is_array:
+    kind = wanted.kind
+    if isinstance(key.value, GGUFArray) is not wanted.is_array:
         return None
     if isinstance(key.value, GGUFArray):
         items = [_fitted(item, kind) for item in key.value]
@@ -259,10 +252,9 @@ def _fitted(value: Scalar, kind: GGUFValueType) -> Scalar | None:
     return None if overflows else number
 
 
-def _add_idle_tensors(subject: Subject, draft: Draft) -> Iterator[str]:
+def _add_idle_tensors(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     """Zeros for keys and values of KV-shared layers. Why: demanded by llama.cpp's loader, evaluated by nobody."""
-    names = list(model.missing_idle_tensors(subject))
-    for name in names:
+    for name in [finding.where for finding in findings]:
         rule, bid = subject.wanted[name]
         shape = subject.expected_shape(rule, bid)
         query = subject.gguf.tensors.get(f"blk.{bid}.attn_q.weight")
@@ -274,7 +266,7 @@ def _add_idle_tensors(subject: Subject, draft: Draft) -> Iterator[str]:
         yield f"add {name} {list(shape)} {qtype.name}, zeros"
 
 
-def _pad_tables(subject: Subject, draft: Draft) -> Iterator[str]:
+def _pad_tables(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     n_rows = max([len(subject.tokens), *(subject.n_rows(name) or 0 for name in TABLES)])
     if n_rows > MAX_ROWS:
         return
@@ -302,7 +294,7 @@ def _is_gemma(subject: Subject) -> bool:
     return list(subject.tokens[:3]) == ["<pad>", "<eos>", "<bos>"]
 
 
-def _scores(subject: Subject, draft: Draft) -> Iterator[str]:
+def _scores(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     """Why: in Gemma's vocabulary pieces merge in the order of their ids; only the order of scores matters."""
     if _is_gemma(subject):
         scores = [-float(i) for i in range(len(subject.tokens))]
@@ -310,7 +302,7 @@ def _scores(subject: Subject, draft: Draft) -> Iterator[str]:
         yield f"set {Keys.Tokenizer.SCORES} to minus the id"
 
 
-def _types(subject: Subject, draft: Draft) -> Iterator[str]:
+def _types(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     if not _is_gemma(subject):
         return
     types = [int(_type_of(text)) for text in subject.tokens]
@@ -323,7 +315,7 @@ def _type_of(text: str) -> TokenType:
 
 
 def _retype_tokens(texts: tuple[str, ...], right: tuple[TokenType, ...]) -> Fixer:
-    def fix(subject: Subject, draft: Draft) -> Iterator[str]:
+    def fix(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
         ids = vocabulary.wrong_types(subject, texts, right)
         array = subject.array(Keys.Tokenizer.TOKEN_TYPE)
         if not ids or array is None or subject.token_types is None:
@@ -336,56 +328,53 @@ def _retype_tokens(texts: tuple[str, ...], right: tuple[TokenType, ...]) -> Fixe
     return fix
 
 
-def _special_ids(subject: Subject, draft: Draft) -> Iterator[str]:
-    wrong = " ".join(vocabulary.special_ids(subject)).split()
-    for name, texts in vocabulary.SPECIAL_IDS:
-        token_id = next((subject.token_ids[text] for text in texts if text in subject.token_ids), None)
-        if name in wrong and token_id is not None:
-            yield _set(draft, KeyValue(name, GGUFValueType.UINT32, token_id), subject.tokens[token_id])
+def _special_ids(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
+    texts = dict(vocabulary.SPECIAL_IDS)
+    for name in [finding.where for finding in findings]:
+        token_id = next(subject.token_ids[text] for text in texts[name] if text in subject.token_ids)
+        yield _set(draft, KeyValue(name, GGUFValueType.UINT32, token_id), subject.tokens[token_id])
 
 
 def _flag(name: str, value: bool) -> Fixer:
-    def fix(subject: Subject, draft: Draft) -> Iterator[str]:
+    def fix(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
         yield _set(draft, KeyValue(name, GGUFValueType.BOOL, value), "as in every Gemma")
 
     return fix
 
 
-def _one_bos(subject: Subject, draft: Draft) -> Iterator[str]:
+def _one_bos(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     """Why from the template: the token is then added for every program alike, chat or not, exactly once."""
     template = vocabulary.EMITS_BOS.sub("", subject.template or "")
     draft.set(KeyValue(Keys.Tokenizer.CHAT_TEMPLATE, GGUFValueType.STRING, template.removeprefix("\n")))
     yield "remove the begin token from the chat template: the tokenizer adds it"
 
 
-def _end_of_turn(subject: Subject, draft: Draft) -> Iterator[str]:
+def _end_of_turn(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     token_id = subject.token_ids.get(vocabulary.END_OF_TURN)
     if token_id is not None:
         key = KeyValue(Keys.Tokenizer.EOT_ID, GGUFValueType.UINT32, token_id)
         yield _set(draft, key, vocabulary.END_OF_TURN)
 
 
-def _sampling(subject: Subject, draft: Draft) -> Iterator[str]:
+def _sampling(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     for name, value in vocabulary.SAMPLING:
         if name not in subject.gguf.keys:
             kind = GGUFValueType.FLOAT32 if isinstance(value, float) else GGUFValueType.INT32
             yield _set(draft, KeyValue(name, kind, value), "Google's generation_config.json")
 
 
-def _file_type(subject: Subject, draft: Draft) -> Iterator[str]:
+def _file_type(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     ftype = model.guessed_file_type(subject)
     if ftype is not None:
         key = KeyValue(Keys.General.FILE_TYPE, GGUFValueType.UINT32, int(ftype))
         yield _set(draft, key, ftype.name)
 
 
-def _quantization_version(subject: Subject, draft: Draft) -> Iterator[str]:
+def _quantization_version(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
     if Keys.General.QUANTIZATION_VERSION not in subject.gguf.keys:
         key = KeyValue(Keys.General.QUANTIZATION_VERSION, GGUFValueType.UINT32, GGML_QUANT_VERSION)
         yield _set(draft, key, "ggml's, unchanged since 2023")
 
-
-Fixer = Callable[[Subject, Draft], Iterator[str]]
 
 FIXES: Mapping[str, Fixer] = {
     "duplicate-key": _drop_duplicate_keys,
@@ -395,13 +384,13 @@ FIXES: Mapping[str, Fixer] = {
     "gaps": _relay,
     "trailing-bytes": _relay,
     "duplicate-tensor": _drop_duplicate_tensors,
-    "missing-key": _add_keys,
-    "assumed-key": _add_keys,
-    "shared-kv-type": _retype_shared_kv,
+    "missing-key": _expected("as the tensors and every Gemma 3n have it"),
+    "assumed-key": _expected("as the tensors and every Gemma 3n have it"),
+    "shared-kv-type": _retype_keys,
     "mistyped-key": _retype_keys,
-    "array-length": _expected(model.LAYER_ARRAYS, "one for each layer", model.array_lengths),
+    "array-length": _expected("one for each layer"),
     "block-count": _block_count,
-    "size-key": _expected(SIZE_KEYS, "as the tensors have it", model.size_keys),
+    "size-key": _expected("as the tensors have it"),
     "missing-shared-kv": _add_idle_tensors,
     "table-rows": _pad_tables,
     "file-type": _file_type,

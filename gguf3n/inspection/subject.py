@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFTensor
+from gguf3n.gemma3n.config import MAX_LAYERS, N_KV_LAYERS
 from gguf3n.gemma3n.mapping import Missing, Rule
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.text import ARCH, model_keys, written_order
+from gguf3n.inspection.scan import TensorFacts, scan
+from gguf3n.progress import OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
-MAX_LAYERS = 512
-"""LLAMA_MAX_LAYERS of llama.cpp."""
-N_KV_LAYERS = 20
-"""Built into llama.cpp. Source: src/models/gemma3n.cpp."""
 PUBLISHED_WIDTH = 2048
 
 LAYER = re.compile(r"blk\.(0|[1-9]\d{0,2})\.")
@@ -75,10 +74,15 @@ class Sizes:
 
 
 class Subject:
-    """One opened file and what follows from it, worked out when asked for."""
+    """One opened file and what follows from it, worked out when asked for.
 
-    def __init__(self, gguf: GGUFFile) -> None:
+    Args:
+        progress: told while `data` is read.
+    """
+
+    def __init__(self, gguf: GGUFFile, progress: OnProgress | None = None) -> None:
         self.gguf = gguf
+        self._progress = progress
 
     @cached_property
     def architecture(self) -> str | None:
@@ -224,6 +228,14 @@ class Subject:
             return None
         value = int(types[token_id])
         return TokenType(value) if value in TokenType._value2member_map_ else None
+
+    @cached_property
+    def data(self) -> Mapping[str, TensorFacts]:
+        """What the bytes of each tensor say, by name; all of the file is read for it.
+
+        Raises: GGUFError where the file ends early.
+        """
+        return scan(self.gguf, self._progress)
 
     @property
     def template(self) -> str | None:

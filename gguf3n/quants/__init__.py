@@ -2,12 +2,14 @@
 
 `QUANTIZERS` is the whole truth about what can be written; nothing registers itself.
 
-The contract of a kernel (a `lanes.kernel`):
-    plain(rows, out)                    without importances
-    weighted(rows, quant_weights, out)  with them
+The contract of a kernel (a `lanes.kernel`, perhaps called with a type's tables), a module's
+    quantize(rows, quant_weights, out)  or, where the bytes do not depend on importances,
+    quantize(rows, out)
     rows           float32[n_rows, n_per_row], C-contiguous, finite, n_per_row a multiple of the block size
-    quant_weights  float32[n_per_row], one importance a column, finite and not negative
+    quant_weights  float32[n_per_row], one importance a column, finite and not negative; None: there are none
     out            uint8[n_rows, row_bytes], C-contiguous; every byte is written
+None says so in every part of a kernel, too. numba compiles a kernel once for an array and once for None, and drops what
+`if quant_weights is None` excludes: neither asks at run time, and neither is compiled before it is used.
 It is pure: no byte depends on other rows, on the number of rows in a call, or on threads. Fast in calls of whole
 multiples of 16 rows: most kernels work on 16 at a time, and fewer take as long.
 """
@@ -52,7 +54,7 @@ Weighted: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """The kernels of one type.
+    """The kernels of one type: plain(rows, out) and weighted(rows, quant_weights, out).
 
     `plain` is None for a type that ggml writes only with quant_weights; `weighted` is None for a type whose bytes do
     not depend on them.
@@ -62,29 +64,34 @@ class Quantizer:
     weighted: Weighted | None = None
 
 
+def both(quantize: Callable[[np.ndarray, np.ndarray | None, np.ndarray], None]) -> Quantizer:
+    """Of a type that can be written without quant_weights and with them."""
+    return Quantizer(lambda rows, out: quantize(rows, None, out), quantize)
+
+
 QUANTIZERS: dict[QType, Quantizer] = {
     QType.F32: Quantizer(floats.quantize_f32),
     QType.F16: Quantizer(floats.quantize_f16),
     QType.BF16: Quantizer(floats.quantize_bf16),
-    QType.Q4_0: Quantizer(q4_0.quantize, q4_0.quantize_weighted),
-    QType.Q4_1: Quantizer(q4_1.quantize, q4_1.quantize_weighted),
-    QType.Q5_0: Quantizer(q5_0.quantize, q5_0.quantize_weighted),
-    QType.Q5_1: Quantizer(q5_1.quantize, q5_1.quantize_weighted),
+    QType.Q4_0: both(q4_0.quantize),
+    QType.Q4_1: both(q4_1.quantize),
+    QType.Q5_0: both(q5_0.quantize),
+    QType.Q5_1: both(q5_1.quantize),
     QType.Q8_0: Quantizer(q8_0.quantize),
-    QType.Q2_K: Quantizer(q2_k.quantize, q2_k.quantize_weighted),
-    QType.Q3_K: Quantizer(q3_k.quantize, q3_k.quantize_weighted),
-    QType.Q4_K: Quantizer(q4_k.quantize, q4_k.quantize_weighted),
-    QType.Q5_K: Quantizer(q5_k.quantize, q5_k.quantize_weighted),
-    QType.Q6_K: Quantizer(q6_k.quantize, q6_k.quantize_weighted),
-    QType.IQ4_NL: Quantizer(iq4_nl.quantize, iq4_nl.quantize_weighted),
-    QType.IQ4_XS: Quantizer(iq4_xs.quantize, iq4_xs.quantize_weighted),
-    QType.IQ3_S: Quantizer(iq3_s.quantize, iq3_s.quantize_weighted),
-    QType.IQ3_XXS: Quantizer(iq3_xxs.quantize, iq3_xxs.quantize_weighted),
-    QType.IQ2_XXS: Quantizer(None, iq2_xxs.quantize_weighted),
-    QType.IQ2_XS: Quantizer(None, iq2_xs.quantize_weighted),
-    QType.IQ2_S: Quantizer(iq2_s.quantize, iq2_s.quantize_weighted),
-    QType.IQ1_S: Quantizer(None, iq1_s.quantize_weighted),
-    QType.IQ1_M: Quantizer(iq1_m.quantize, iq1_m.quantize_weighted),
+    QType.Q2_K: both(q2_k.quantize),
+    QType.Q3_K: both(q3_k.quantize),
+    QType.Q4_K: both(q4_k.quantize),
+    QType.Q5_K: both(q5_k.quantize),
+    QType.Q6_K: both(q6_k.quantize),
+    QType.IQ4_NL: both(iq4_nl.quantize),
+    QType.IQ4_XS: both(iq4_xs.quantize),
+    QType.IQ3_S: both(iq3_s.quantize),
+    QType.IQ3_XXS: both(iq3_xxs.quantize),
+    QType.IQ2_XXS: Quantizer(None, iq2_xxs.quantize),
+    QType.IQ2_XS: Quantizer(None, iq2_xs.quantize),
+    QType.IQ2_S: both(iq2_s.quantize),
+    QType.IQ1_S: Quantizer(None, iq1_s.quantize),
+    QType.IQ1_M: both(iq1_m.quantize),
     QType.TQ1_0: Quantizer(tq1_0.quantize),
     QType.TQ2_0: Quantizer(tq2_0.quantize),
 }

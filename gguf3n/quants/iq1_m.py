@@ -32,8 +32,7 @@ from gguf3n.quants.iq1_s import (
     magnitude,
     values_of,
 )
-from gguf3n.quants.lanes import f16_bits, inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, weigh_columns
+from gguf3n.quants.lanes import SUPER_BLOCK, f16_bits, gather, inlined, kernel, scratch, sum_of_squares, weigh
 from gguf3n.quants.ternary import (
     GROUP,
     MOVED_BIT,
@@ -59,7 +58,6 @@ SUB_BLOCKS = SUPER_BLOCK // SUB_BLOCK
 N_GROUPS = SUB_BLOCK // GROUP
 BLOCK_BYTES = 32 + 16 + 8
 NEARLY_ZERO = np.float32(1e-7)
-NO_WEIGHTS = np.empty(0, dtype=np.float32)
 
 # rows of the scratch array; row i < 256 holds weight i of every lane
 WEIGHTS = SUPER_BLOCK
@@ -76,40 +74,27 @@ LARGEST = D + 1
 ROWS = LARGEST + 1
 
 
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its square.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size, or else by its square.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 56].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 56].
     Exact: byte-equal to ggml.
     """
-    quantize_on_grid(rows, NO_WEIGHTS, out, tables("IQ1_S"))
-
-
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    quantize_on_grid(rows, quant_weights, out, tables("IQ1_S"))
+    search_and_write(rows, quant_weights, out, tables("IQ1_S"))
 
 
 @kernel
-def quantize_on_grid(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Tables) -> None:
-    """The kernel of both; quant_weights is empty where there are none."""
+def search_and_write(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray, grid: Tables) -> None:
+    """The kernel of quantize."""
     S = scratch(ROWS, WIDTH)
     pending = np.empty(N_GROUPS * WIDTH + 1, np.int64)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
-            if quant_weights.size:
-                variance = TWO * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
-                importances = quant_weights[block * SUPER_BLOCK : (block + 1) * SUPER_BLOCK]
-                weigh_columns(S, 0, SUPER_BLOCK, variance, importances, WEIGHTS)
-            else:
-                for i in range(SUPER_BLOCK):
-                    x = load(S, i)
-                    store(S, WEIGHTS + i, x * x)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
+            variance = TWO * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
+            weigh(S, 0, SUPER_BLOCK, quant_weights, start, variance, WEIGHTS)
             for j in range(SUB_BLOCKS):
                 fit_sub_block(S, j, pending, grid)
             fit_scales(S)

@@ -17,8 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from gguf3n.quants.codes import as_code, digit, has_bit
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, weigh_columns, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, sum_of_squares, weigh, write_f16
 from gguf3n.quants.ternary import (
     GROUP,
     MOVED_BIT,
@@ -64,28 +63,28 @@ LARGEST = D + 1
 ROWS = LARGEST + 1
 
 
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
+def quantize(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
     """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size.
 
     Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row];
         out uint8[n_rows, n_per_row / 256 * 50].
     Exact: byte-equal to ggml.
     """
-    quantize_on_grid(rows, quant_weights, out, tables("IQ1_S"))
+    search_and_write(rows, quant_weights, out, tables("IQ1_S"))
 
 
 @kernel
-def quantize_on_grid(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Tables) -> None:
-    """The kernel of quantize_weighted."""
+def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Tables) -> None:
+    """The kernel of quantize."""
     S = scratch(ROWS, WIDTH)
     pending = np.empty(N_GROUPS * WIDTH + 1, np.int64)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
             variance = TWO * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
-            importances = quant_weights[block * SUPER_BLOCK : (block + 1) * SUPER_BLOCK]
             for j in range(SUB_BLOCKS):
-                weigh_columns(S, j * SUB_BLOCK, SUB_BLOCK, variance, importances, WEIGHTS)
+                weigh(S, j * SUB_BLOCK, SUB_BLOCK, quant_weights, start + j * SUB_BLOCK, variance, WEIGHTS)
                 fit_sub_block(S, j, pending, grid)
             d, largest = round_scales(S, SCALES, SUB_BLOCKS, 7)
             store(S, D, d * np.float32(1.125))

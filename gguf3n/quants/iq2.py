@@ -12,8 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from gguf3n.quants.codes import digit, has_bit
-from gguf3n.quants.lanes import inlined, kernel
-from gguf3n.quants.superblocks import SUPER_BLOCK
+from gguf3n.quants.lanes import SUPER_BLOCK, inlined, kernel
 from gguf3n.quants.ternary import (
     GROUP,
     MOVED_BIT,

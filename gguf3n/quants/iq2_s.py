@@ -15,8 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from gguf3n.quants.iq2 import CODES, FIVE, ROWS, SCALES, SIGNS, WEIGHTS, D, largest_weight, search, take_signs
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, weigh_columns, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, sum_of_squares, weigh, write_f16
 from gguf3n.quants.ternary import GROUP, ONE, TWO, ZERO, Tables, find_place, round_scales, tables
 from gguf3n.quants.vectors import WIDTH, load, store, where
 
@@ -25,44 +24,35 @@ SUB_BLOCKS = SUPER_BLOCK // SUB_BLOCK
 N_GROUPS = SUB_BLOCK // GROUP
 BLOCK_BYTES = 2 + 32 + 32 + 8 + 8
 NEARLY_ZERO = np.float32(1e-8)
-NO_WEIGHTS = np.empty(0, dtype=np.float32)
 
 
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its size.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its size, and by its column's quant_weight.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 82].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 82].
     Exact: byte-equal to ggml.
     """
-    quantize_on_grid(rows, NO_WEIGHTS, out, tables("IQ2_S"))
-
-
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    quantize_on_grid(rows, quant_weights, out, tables("IQ2_S"))
+    search_and_write(rows, quant_weights, out, tables("IQ2_S"))
 
 
 @kernel
-def quantize_on_grid(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Tables) -> None:
-    """The kernel of both; quant_weights is empty where there are none."""
+def search_and_write(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray, grid: Tables) -> None:
+    """The kernel of quantize."""
     S = scratch(ROWS, WIDTH)
     pending = np.empty(N_GROUPS * WIDTH + 1, np.int64)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
             variance = TWO * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
             for j in range(SUB_BLOCKS):
-                if quant_weights.size:
-                    importances = quant_weights[block * SUPER_BLOCK : (block + 1) * SUPER_BLOCK]
-                    weigh_columns(S, j * SUB_BLOCK, SUB_BLOCK, variance, importances, WEIGHTS)
-                else:
+                if quant_weights is None:
                     for i in range(SUB_BLOCK):
                         x = load(S, j * SUB_BLOCK + i)
                         store(S, WEIGHTS + i, np.float32(0.25) * variance + x * x)
+                else:
+                    weigh(S, j * SUB_BLOCK, SUB_BLOCK, quant_weights, start + j * SUB_BLOCK, variance, WEIGHTS)
                 for k in range(N_GROUPS):
                     take_signs(S, j * N_GROUPS + k)
                 largest = largest_weight(S, j * SUB_BLOCK, SUB_BLOCK)

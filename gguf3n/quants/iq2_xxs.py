@@ -28,8 +28,7 @@ from gguf3n.quants.iq2 import (
     search,
     take_even_signs,
 )
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, weigh_columns, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, sum_of_squares, weigh, write_f16
 from gguf3n.quants.ternary import GROUP, ONE, ZERO, Tables, find_place, round_scales, tables
 from gguf3n.quants.vector_search import unsigned_scale
 from gguf3n.quants.vectors import WIDTH, store, where
@@ -40,28 +39,28 @@ N_GROUPS = SUB_BLOCK // GROUP
 BLOCK_BYTES = 2 + 64
 
 
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
+def quantize(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
     """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size.
 
     Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row];
         out uint8[n_rows, n_per_row / 256 * 66].
     Exact: byte-equal to ggml.
     """
-    quantize_on_grid(rows, quant_weights, out, tables("IQ2_XXS"))
+    search_and_write(rows, quant_weights, out, tables("IQ2_XXS"))
 
 
 @kernel
-def quantize_on_grid(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Tables) -> None:
-    """The kernel of quantize_weighted."""
+def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Tables) -> None:
+    """The kernel of quantize."""
     S = scratch(ROWS, WIDTH)
     pending = np.empty(N_GROUPS * WIDTH + 1, np.int64)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
             variance = sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
-            importances = quant_weights[block * SUPER_BLOCK : (block + 1) * SUPER_BLOCK]
             for j in range(SUB_BLOCKS):
-                weigh_columns(S, j * SUB_BLOCK, SUB_BLOCK, variance, importances, WEIGHTS)
+                weigh(S, j * SUB_BLOCK, SUB_BLOCK, quant_weights, start + j * SUB_BLOCK, variance, WEIGHTS)
                 for k in range(N_GROUPS):
                     take_even_signs(S, j * N_GROUPS + k, WEIGHTS + k * GROUP)
                 largest = largest_weight(S, j * SUB_BLOCK, SUB_BLOCK)

@@ -21,10 +21,19 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel, round_half_even, scratch
+from gguf3n.quants.lanes import (
+    SUPER_BLOCK,
+    gather,
+    inlined,
+    kernel,
+    round_half_even,
+    scratch,
+    sum_of_squares,
+    weigh,
+    write_f16,
+)
 from gguf3n.quants.lattice import contenders, lattice
 from gguf3n.quants.lookups import half_byte, look_up, look_up_pair, place_value
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, write_f16
 from gguf3n.quants.vectors import WIDTH, Vector, any_lane, floor, level, load, splat, sqrt, store, where
 
 BLOCK = 32
@@ -56,7 +65,6 @@ BORDER = np.float32(1e-4)
 """How close to the border of a half-cell rounding errors may matter; they are some 1e-6."""
 FLT_MAX = np.finfo(np.float32).max
 SMALLEST = np.float32(2.0**-149)
-NO_WEIGHTS = np.empty(0, dtype=np.float32)
 
 OFF_GRID = 2**16
 """Added to the packed values of a point, it says that the group's own cell is not on the grid."""
@@ -266,27 +274,23 @@ def quantize_scales(S: np.ndarray) -> Vector:
 
 
 @inlined
-def weigh(S: np.ndarray, block: int, quant_weights: np.ndarray, start: int, sigma2: Vector) -> None:
+def weigh_block(S: np.ndarray, block: int, quant_weights: np.ndarray | None, start: int, variance: Vector) -> None:
     """The importances of the weights of a block (rows WEIGHT), and their square roots (rows ROOT)."""
+    weigh(S, block * BLOCK, BLOCK, quant_weights, start + block * BLOCK, variance, WEIGHT)
     for i in range(BLOCK):
-        x = load(S, block * BLOCK + i)
-        weight = x * x
-        if quant_weights.size:
-            weight = quant_weights[start + block * BLOCK + i] * sqrt(sigma2 + weight)
-        store(S, WEIGHT + i, weight)
-        store(S, ROOT + i, sqrt(weight))
+        store(S, ROOT + i, sqrt(load(S, WEIGHT + i)))
 
 
 @kernel
-def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Grid) -> None:
-    """Quantize float32 rows; quant_weights may be empty."""
+def search_and_write(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray, grid: Grid) -> None:
+    """The kernel of quantize."""
     S = scratch(ROWS, WIDTH)
     for first in range(0, rows.shape[0], WIDTH):
         for start in range(0, rows.shape[1], SUPER_BLOCK):
-            gather(rows, first, start, S)
-            sigma2 = sum_of_squares(S, 0, SUPER_BLOCK) * np.float32(2) / np.float32(SUPER_BLOCK)
+            gather(rows, first, start, SUPER_BLOCK, S)
+            variance = np.float32(2) * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
             for block in range(BLOCKS):
-                weigh(S, block, quant_weights, start, sigma2)
+                weigh_block(S, block, quant_weights, start, variance)
                 split_signs(S, block)
                 search(S, block, 9, SMALLEST, True, grid)
             store(S, D, quantize_scales(S) * np.float32(1.033))
@@ -337,19 +341,11 @@ def write(S: np.ndarray, lane: int, index: np.ndarray, y: np.ndarray) -> None:
         place += 1
 
 
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size, or else by its square.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 110].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 110].
     Exact: byte-equal to ggml, where ggml does not give up; see find_among_all.
-    """
-    search_and_write(rows, NO_WEIGHTS, out, grid_arrays("IQ3_S"))
-
-
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: as quantize.
     """
     search_and_write(rows, quant_weights, out, grid_arrays("IQ3_S"))

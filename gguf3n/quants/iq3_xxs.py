@@ -23,7 +23,6 @@ from gguf3n.quants.iq3_s import (
     HIGHEST,
     LEVELS,
     MAGNITUDE,
-    NO_WEIGHTS,
     ONE,
     POINTS,
     ROWS,
@@ -37,10 +36,9 @@ from gguf3n.quants.iq3_s import (
     point_index,
     quantize_scales,
     search,
-    weigh,
+    weigh_block,
 )
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, sum_of_squares, write_f16
 from gguf3n.quants.vectors import WIDTH, load, splat, store, where
 
 SUPER_BYTES = 2 + 64 + 4 * BLOCKS
@@ -90,15 +88,15 @@ def make_scale_positive(S: np.ndarray, block: int) -> None:
 
 
 @kernel
-def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray, grid: Grid) -> None:
-    """Quantize float32 rows; quant_weights may be empty."""
+def search_and_write(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray, grid: Grid) -> None:
+    """The kernel of quantize."""
     S = scratch(ROWS, WIDTH)
     for first in range(0, rows.shape[0], WIDTH):
         for start in range(0, rows.shape[1], SUPER_BLOCK):
-            gather(rows, first, start, S)
-            sigma2 = sum_of_squares(S, 0, SUPER_BLOCK) * np.float32(2) / np.float32(SUPER_BLOCK)
+            gather(rows, first, start, SUPER_BLOCK, S)
+            variance = np.float32(2) * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
             for block in range(BLOCKS):
-                weigh(S, block, quant_weights, start, sigma2)
+                weigh_block(S, block, quant_weights, start, variance)
                 split_signs(S, block)
                 search(S, block, 15, NEARLY_ZERO, False, grid)
                 make_scale_positive(S, block)
@@ -126,19 +124,11 @@ def write(S: np.ndarray, lane: int, index: np.ndarray, y: np.ndarray) -> None:
             y[66 + 4 * block + k] = np.uint8(word >> 8 * k & 0xFF)
 
 
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size, or else by its square.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 98].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 98].
     Exact: byte-equal to ggml, where ggml does not give up; see iq3_s.find_among_all.
-    """
-    search_and_write(rows, NO_WEIGHTS, out, grid_arrays("IQ3_XXS"))
-
-
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: as quantize.
     """
     search_and_write(rows, quant_weights, out, grid_arrays("IQ3_XXS"))

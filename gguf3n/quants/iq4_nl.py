@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import sum_of_squares, write_f16
-from gguf3n.quants.vectors import WIDTH, Vector, load, splat, sqrt, store, where
+from gguf3n.quants.lanes import gather, inlined, kernel, scratch, sum_of_squares, weigh, write_f16
+from gguf3n.quants.vectors import WIDTH, Vector, load, splat, store, where
 
 BLOCK = 32
 BLOCK_BYTES = 2 + BLOCK // 2
-STRIP = 16
 
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 MIDDLES = (VALUES[:-1] + VALUES[1:]) / np.float32(2)
@@ -39,7 +37,6 @@ ZERO = np.float32(0)
 ONE = np.float32(1)
 HALF = np.float32(0.5)
 NEARLY_ZERO = np.float32(1e-15)
-NO_WEIGHTS = np.empty(0, dtype=np.float32)
 
 
 @inlined
@@ -121,27 +118,6 @@ def search_scale(S: np.ndarray, x: int) -> Vector:
 
 
 @inlined
-def gather(rows: np.ndarray, first: int, column: int, n: int, S: np.ndarray) -> None:
-    """Put n columns of rows first, first + 1, ... into rows 0 .. n - 1 of S, one a lane; the last row may repeat."""
-    for start in range(0, n, STRIP):
-        for lane in range(WIDTH):
-            x = rows[min(first + lane, rows.shape[0] - 1), column + start : column + start + STRIP]
-            for i in range(STRIP):
-                S[start + i, lane] = x[i]
-
-
-@inlined
-def weigh(S: np.ndarray, x: int, quant_weights: np.ndarray, column: int, sigma2: Vector) -> None:
-    """The importances of the 32 weights from row x, which stand at `column`: rows WEIGHTS."""
-    for j in range(BLOCK):
-        value = load(S, x + j)
-        weight = value * value
-        if quant_weights.size:
-            weight = quant_weights[column + j] * sqrt(sigma2 + weight)
-        store(S, WEIGHTS + j, weight)
-
-
-@inlined
 def pack(S: np.ndarray, x: int, inverse: Vector, packed: np.ndarray, first: int) -> None:
     """The levels of the 32 weights from row x, two a byte, to 16 rows of `packed`, uint8[n, WIDTH]."""
     for j in range(BLOCK // 2):
@@ -151,15 +127,20 @@ def pack(S: np.ndarray, x: int, inverse: Vector, packed: np.ndarray, first: int)
 
 
 @kernel
-def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; quant_weights may be empty."""
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size, or else by its square.
+
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 32; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 32 * 18].
+    Exact: byte-equal to ggml.
+    """
     S = scratch(ROWS, WIDTH)
     packed = np.empty((BLOCK // 2, WIDTH), dtype=np.uint8)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // BLOCK):
             gather(rows, first, block * BLOCK, BLOCK, S)
-            sigma2 = sum_of_squares(S, 0, BLOCK) * np.float32(2 / BLOCK)
-            weigh(S, 0, quant_weights, block * BLOCK, sigma2)
+            variance = sum_of_squares(S, 0, BLOCK) * np.float32(2 / BLOCK)
+            weigh(S, 0, BLOCK, quant_weights, block * BLOCK, variance, WEIGHTS)
             scale = search_scale(S, 0)
             pack(S, 0, where(scale != ZERO, ONE / scale, ZERO), packed, 0)
             store(S, SCALE, scale)
@@ -168,21 +149,3 @@ def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarra
                 write_f16(S[SCALE, lane], y)
                 for j in range(BLOCK // 2):
                     y[2 + j] = packed[j, lane]
-
-
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows.
-
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 32; out uint8[n_rows, n_per_row / 32 * 18].
-    Exact: byte-equal to ggml.
-    """
-    search_and_write(rows, NO_WEIGHTS, out)
-
-
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    search_and_write(rows, quant_weights, out)

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.iq4_nl import BLOCK, NO_WEIGHTS, ONE, SCALE, ZERO, gather, pack, search_scale, weigh
+from gguf3n.quants.iq4_nl import BLOCK, ONE, SCALE, WEIGHTS, ZERO, pack, search_scale
 from gguf3n.quants.iq4_nl import ROWS as BLOCK_ROWS
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, sum_of_squares, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, sum_of_squares, weigh, write_f16
 from gguf3n.quants.vectors import WIDTH, level, load, splat, store, where
 
 BLOCKS = SUPER_BLOCK // BLOCK
@@ -45,16 +44,21 @@ def quantize_scales(S: np.ndarray, packed: np.ndarray) -> None:
 
 
 @kernel
-def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; quant_weights may be empty."""
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its column's quant_weight and its size, or else by its square.
+
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 136].
+    Exact: byte-equal to ggml.
+    """
     S = scratch(ROWS, WIDTH)
     packed = np.empty((SUPER_BLOCK // 2, WIDTH), dtype=np.uint8)
     for first in range(0, rows.shape[0], WIDTH):
         for start in range(0, rows.shape[1], SUPER_BLOCK):
             gather(rows, first, start, SUPER_BLOCK, S)
-            sigma2 = sum_of_squares(S, 0, SUPER_BLOCK) * np.float32(2 / SUPER_BLOCK)
+            variance = sum_of_squares(S, 0, SUPER_BLOCK) * np.float32(2 / SUPER_BLOCK)
             for block in range(BLOCKS):
-                weigh(S, block * BLOCK, quant_weights, start + block * BLOCK, sigma2)
+                weigh(S, block * BLOCK, BLOCK, quant_weights, start + block * BLOCK, variance, WEIGHTS)
                 store(S, SCALES + block, search_scale(S, block * BLOCK))
             quantize_scales(S, packed)
             for lane in range(min(WIDTH, rows.shape[0] - first)):
@@ -67,21 +71,3 @@ def search_and_write(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarra
                     y[4 + block // 2] |= np.uint8((scale & 15) << 4 * (block % 2))
                 for j in range(SUPER_BLOCK // 2):
                     y[8 + j] = packed[j, lane]
-
-
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows.
-
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 136].
-    Exact: byte-equal to ggml.
-    """
-    search_and_write(rows, NO_WEIGHTS, out)
-
-
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    search_and_write(rows, quant_weights, out)

@@ -1,7 +1,9 @@
-"""How every quantizer of this package is compiled, and the scalar arithmetic that they share.
+"""How every quantizer of this package is compiled, how weights get into lanes, and the scalar arithmetic shared by all.
 
 The lane technique: one lane is one block, and a search runs in all lanes at once. State lies in one scratch array
-`S[row, lane]`, lanes last, and kernels compute with its rows as vectors (vectors.py).
+`S[row, lane]`, lanes last, and kernels compute with its rows as vectors (vectors.py). All lanes are at the same columns
+of `WIDTH` consecutive rows, so an importance is one number for all of them. A group of fewer rows repeats its last one;
+only real rows are written.
 
 Exactness: the bytes are those of ggml built without FMA contraction. So fastmath stays off (numba neither contracts
 nor reorders then), every constant is a float32, and sums keep ggml's order.
@@ -11,20 +13,48 @@ Source: ggml/src/ggml-quants.c and ggml/src/ggml-impl.h of llama.cpp for formula
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 
+from gguf3n.quants.vectors import WIDTH, Vector, load, splat, sqrt, store, transpose
+
+SUPER_BLOCK = 256
+"""Weights of a block of the K and most IQ types."""
+
 FLAGS: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": False, "error_model": "numpy"}
 
-kernel = numba.njit(**FLAGS)
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""What compiled kernels are kept for: the sources of the whole package."""
+
+
+def _compiler(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's compiler, whose results are kept for as long as SOURCES is the same.
+
+    Why: numba keeps a kernel for the file that it stands in. It would go on using one of which a part that is inlined
+        from another file has changed, and can't load one whose lowerings are no longer there.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**FLAGS, **flags)(function)
+        # numba looks at the version first, and takes what another one has left for nothing
+        dispatcher._cache._cache_file._version += f" for {SOURCES}"
+        return dispatcher
+
+    return compiled
+
+
+kernel = _compiler()
 """Compiles a plain function as a kernel; the plain one stays available as `.py_func`."""
 
-inlined = numba.njit(**FLAGS, forceinline=True)
+inlined = _compiler(forceinline=True)
 """Compiles a part of a kernel that has to be specialized for the constants that the kernel passes."""
 
-pasted = numba.njit(**FLAGS, inline="always")
+pasted = _compiler(inline="always")
 """Like `inlined`, but numba itself copies the body: compiles faster where a part is called only once."""
 
 
@@ -38,6 +68,51 @@ def scratch(n_rows: int, n_lanes: int) -> np.ndarray:
     memory = np.empty(n_rows * n_lanes + 16, dtype=np.float32)
     skipped = (-memory.ctypes.data) % 64 // 4
     return memory[skipped : skipped + n_rows * n_lanes].reshape((n_rows, n_lanes))
+
+
+@inlined
+def gather(rows: np.ndarray, first: int, column: int, n: int, S: np.ndarray) -> None:
+    """Put n columns of rows first, first + 1, ... into rows 0 .. n - 1 of S, one a lane.
+
+    Shapes: column and n are multiples of WIDTH.
+    """
+    for start in range(0, n, WIDTH):
+        for lane in range(WIDTH):
+            x = rows[min(first + lane, rows.shape[0] - 1)]
+            store(S, start + lane, load(x, (column + start) // WIDTH))
+        transpose(S, start)
+
+
+@inlined
+def sum_of_squares(S: np.ndarray, first: int, n: int) -> Vector:
+    """Sum over n rows of S, in order."""
+    total = splat(np.float32(0.0))
+    for i in range(first, first + n):
+        x = load(S, i)
+        total = total + x * x
+    return total
+
+
+@inlined
+def weigh(
+    S: np.ndarray, x: int, n: int, quant_weights: np.ndarray | None, column: int, variance: Vector, weights: int
+) -> None:
+    """The importances of the n weights from row x, which stand at `column`: to the rows from `weights`.
+
+    Exact: quant_weight * sqrt(variance + weight**2), in this order, for every type but Q6_K. What ggml calls variance
+        depends on the type, and so does its rounding, or where it overflows:
+            Q4_0, Q4_1, Q5_0, Q5_1          sum of the squares of the row / their number
+            Q2_K, IQ2_XXS, IQ2_XS           sum of the squares of the super-block / 256
+            IQ4_NL, IQ4_XS                  sum of the squares of the block or super-block * (2 / their number)
+            other K, IQ1, IQ2, IQ3 types    2 * sum of the squares of the super-block / 256
+        Without quant_weights, weight**2. Types for which they are something else then do not call this.
+    """
+    for i in range(n):
+        value = load(S, x + i)
+        weight = value * value
+        if quant_weights is not None:
+            weight = quant_weights[column + i] * sqrt(variance + weight)
+        store(S, weights + i, weight)
 
 
 @kernel
@@ -85,6 +160,15 @@ def f16_value(bits: np.uint16) -> np.float32:
     if body >= np.uint32(0x0F800000):
         value = f32_from_bits(body | np.uint32(0x7F800000))
     return f32_from_bits(f32_bits(value) | sign)
+
+
+@inlined
+def write_f16(x: np.float32, y: np.ndarray) -> np.float32:
+    """Write a float32 to two bytes as half precision, and return what a reader will find there."""
+    half = f16_bits(x)
+    y[0] = half & np.uint16(0xFF)
+    y[1] = half >> np.uint16(8)
+    return f16_value(half)
 
 
 @kernel

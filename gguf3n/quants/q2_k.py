@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel, scratch
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, sum_of_squares, weigh, write_f16
 from gguf3n.quants.scales_mins import (
     DMIN,
     INT_MINS,
@@ -27,7 +27,6 @@ from gguf3n.quants.scales_mins import (
     fit_scales_weighted,
     fit_sub_block,
 )
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, weigh_columns, write_f16
 from gguf3n.quants.vectors import WIDTH, load, store
 
 SUB_BLOCK = 16
@@ -38,42 +37,31 @@ N_MAX_SCALE = 15
 
 
 @kernel
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; without quant_weights, a weight's error counts by its size.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 84].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 84].
     Exact: byte-equal to ggml.
     """
     S = scratch(ROWS, WIDTH)
     levels = np.empty(SUPER_BLOCK, np.uint8)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
-            for j in range(SUB_BLOCKS):
-                for i in range(SUB_BLOCK):
-                    store(S, WEIGHTS + i, abs(load(S, j * SUB_BLOCK + i)))
-                fit_sub_block(S, j, SUB_BLOCK, N_MAX, np.float32(-0.5), np.float32(0.1), 15, True)
-            fit_scales(S, SUB_BLOCKS, N_MAX_SCALE)
-            write(rows, first, block, S, levels, out)
-
-
-@kernel
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows with importances.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    S = scratch(ROWS, WIDTH)
-    levels = np.empty(SUPER_BLOCK, np.uint8)
-    for first in range(0, rows.shape[0], WIDTH):
-        for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
-            variance = sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
-            for j in range(SUB_BLOCKS):
-                weigh_columns(S, j * SUB_BLOCK, SUB_BLOCK, variance, quant_weights[block * SUPER_BLOCK :], WEIGHTS)
-                fit_sub_block(S, j, SUB_BLOCK, N_MAX, np.float32(-0.9), np.float32(0.05), 36, False)
-            fit_scales_weighted(S, SUB_BLOCKS, N_MAX_SCALE)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
+            if quant_weights is None:
+                for j in range(SUB_BLOCKS):
+                    for i in range(SUB_BLOCK):
+                        store(S, WEIGHTS + i, abs(load(S, j * SUB_BLOCK + i)))
+                    fit_sub_block(S, j, SUB_BLOCK, N_MAX, np.float32(-0.5), np.float32(0.1), 15, True)
+                fit_scales(S, SUB_BLOCKS, N_MAX_SCALE)
+            else:
+                variance = sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
+                for j in range(SUB_BLOCKS):
+                    weigh(S, j * SUB_BLOCK, SUB_BLOCK, quant_weights, start + j * SUB_BLOCK, variance, WEIGHTS)
+                    fit_sub_block(S, j, SUB_BLOCK, N_MAX, np.float32(-0.9), np.float32(0.05), 36, False)
+                fit_scales_weighted(S, SUB_BLOCKS, N_MAX_SCALE)
             write(rows, first, block, S, levels, out)
 
 

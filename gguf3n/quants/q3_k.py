@@ -21,8 +21,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel, pasted, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, sum_of_squares, weigh_columns, write_f16
+from gguf3n.quants.lanes import (
+    SUPER_BLOCK,
+    gather,
+    inlined,
+    kernel,
+    pasted,
+    scratch,
+    sum_of_squares,
+    weigh,
+    write_f16,
+)
 from gguf3n.quants.vector_search import NEARLY_ZERO, ONE, ZERO, symmetric_scale, symmetric_scale_of_any
 from gguf3n.quants.vectors import WIDTH, any_lane, level, load, splat, store, where
 
@@ -43,40 +52,29 @@ ROWS = D + 1
 
 
 @kernel
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its square.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; without quant_weights, a weight's error counts by its square.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 110].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 110].
     Exact: byte-equal to ggml.
     """
     S = scratch(ROWS, WIDTH)
     levels = np.empty(SUPER_BLOCK, np.uint8)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
-            for j in range(SUB_BLOCKS):
-                fit_levels(S, j)
-            fit_scales(S)
-            write(rows, first, block, S, levels, out)
-
-
-@kernel
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows with importances.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    S = scratch(ROWS, WIDTH)
-    levels = np.empty(SUPER_BLOCK, np.uint8)
-    for first in range(0, rows.shape[0], WIDTH):
-        for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
-            variance = np.float32(2.0) * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
-            for j in range(SUB_BLOCKS):
-                weigh_columns(S, j * SUB_BLOCK, SUB_BLOCK, variance, quant_weights[block * SUPER_BLOCK :], WEIGHTS)
-                fit_sub_block_weighted(S, j)
-            fit_scales_weighted(S)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
+            if quant_weights is None:
+                for j in range(SUB_BLOCKS):
+                    fit_levels(S, j)
+                fit_scales(S)
+            else:
+                variance = np.float32(2.0) * sum_of_squares(S, 0, SUPER_BLOCK) / np.float32(SUPER_BLOCK)
+                for j in range(SUB_BLOCKS):
+                    weigh(S, j * SUB_BLOCK, SUB_BLOCK, quant_weights, start + j * SUB_BLOCK, variance, WEIGHTS)
+                    fit_sub_block_weighted(S, j)
+                fit_scales_weighted(S)
             write(rows, first, block, S, levels, out)
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel, scratch
-from gguf3n.quants.superblocks import SUPER_BLOCK, gather, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, gather, inlined, kernel, scratch, write_f16
 from gguf3n.quants.vector_search import LOWEST, NEARLY_ZERO, ONE, ZERO, symmetric_scale
 from gguf3n.quants.vectors import WIDTH, level, load, splat, store, where
 
@@ -37,41 +36,26 @@ ROWS = LARGEST + 1
 
 
 @kernel
-def quantize(rows: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its square.
+def quantize(rows: np.ndarray, quant_weights: np.ndarray | None, out: np.ndarray) -> None:
+    """Quantize float32 rows; a weight's error counts by its column's quant_weight, or else by its square.
 
-    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; out uint8[n_rows, n_per_row / 256 * 210].
+    Shapes: rows float32[n_rows, n_per_row], n_per_row a multiple of 256; quant_weights float32[n_per_row] or None;
+        out uint8[n_rows, n_per_row / 256 * 210].
     Exact: byte-equal to ggml.
     """
     S = scratch(ROWS, WIDTH)
     levels = np.empty(SUPER_BLOCK, np.uint8)
     for first in range(0, rows.shape[0], WIDTH):
         for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
+            start = block * SUPER_BLOCK
+            gather(rows, first, start, SUPER_BLOCK, S)
             for j in range(SUB_BLOCKS):
                 for i in range(SUB_BLOCK):
-                    x = load(S, j * SUB_BLOCK + i)
-                    store(S, WEIGHTS + i, x * x)
-                fit_sub_block(S, j)
-            fit_scales(S)
-            write(rows, first, block, S, levels, out)
-
-
-@kernel
-def quantize_weighted(rows: np.ndarray, quant_weights: np.ndarray, out: np.ndarray) -> None:
-    """Quantize float32 rows; a weight's error counts by its column's quant_weight.
-
-    Shapes: as for quantize; quant_weights float32[n_per_row].
-    Exact: byte-equal to ggml.
-    """
-    S = scratch(ROWS, WIDTH)
-    levels = np.empty(SUPER_BLOCK, np.uint8)
-    for first in range(0, rows.shape[0], WIDTH):
-        for block in range(rows.shape[1] // SUPER_BLOCK):
-            gather(rows, first, block * SUPER_BLOCK, S)
-            for j in range(SUB_BLOCKS):
-                for i in range(SUB_BLOCK):
-                    store(S, WEIGHTS + i, splat(quant_weights[block * SUPER_BLOCK + j * SUB_BLOCK + i]))
+                    if quant_weights is None:
+                        x = load(S, j * SUB_BLOCK + i)
+                        store(S, WEIGHTS + i, x * x)
+                    else:
+                        store(S, WEIGHTS + i, splat(quant_weights[start + j * SUB_BLOCK + i]))
                 fit_sub_block(S, j)
             fit_scales(S)
             write(rows, first, block, S, levels, out)

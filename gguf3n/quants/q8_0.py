@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import f16_bits, kernel, round_half_away, truncated
+from gguf3n.quants.lanes import kernel, round_half_away, truncated, write_f16
 
 BLOCK = 32
 BLOCK_BYTES = 2 + BLOCK
@@ -33,8 +33,6 @@ def quantize(rows: np.ndarray, out: np.ndarray) -> None:
                 peak = max(peak, abs(x[j]))
             d = peak / np.float32(127.0)
             inverse = np.float32(1.0) / d if d != np.float32(0.0) else np.float32(0.0)
-            half = f16_bits(d)
-            y[0] = half & np.uint16(0xFF)
-            y[1] = half >> np.uint16(8)
+            write_f16(d, y)
             for j in range(BLOCK):
                 y[2 + j] = np.uint8(truncated(round_half_away(x[j] * inverse)))

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined
-from gguf3n.quants.superblocks import SUPER_BLOCK, write_f16
+from gguf3n.quants.lanes import SUPER_BLOCK, inlined
 from gguf3n.quants.vector_search import HIGHEST, LOWEST, ZERO, as_uint8, scale_and_min, unsigned_scale
 from gguf3n.quants.vectors import Vector, level, load, splat, store, where
 
@@ -86,57 +85,6 @@ def round_to_largest(S: np.ndarray, values: int, levels: int, n: int, n_max: int
         # ggml quirk: a scale can be slightly negative; it passes through a byte.
         store(S, levels + j, as_uint8(level(inverse * load(S, values + j), LOWEST, HIGHEST)))
     return largest / np.float32(n_max)
-
-
-@inlined
-def limit_integers(S: np.ndarray, sub_blocks: int, n_max: int) -> None:
-    """Integer scales and minima that are no more than n_max."""
-    for j in range(sub_blocks):
-        for row in (INT_SCALES + j, INT_MINS + j):
-            q = load(S, row)
-            store(S, row, where(q < np.float32(n_max), q, np.float32(n_max)))
-
-
-@inlined
-def write_six_bits(S: np.ndarray, lane: int, y: np.ndarray) -> None:
-    """Pack the integers 0..63 of one lane's 8 sub-blocks into 12 bytes, as Q4_K and Q5_K have them.
-
-    j < 4:   y[j]      low six bits: scale j
-             y[j + 4]  low six bits: minimum j
-             y[j + 8]  low half: low four bits of scale j + 4; high half: of minimum j + 4
-             the top bits of y[j] and y[j + 4] are bits 4 and 5 of scale and minimum j + 4
-    """
-    for j in range(8):
-        # ggml quirk: what is above 63 spills into its neighbour.
-        scale = np.uint8(S[INT_SCALES + j, lane])
-        minimum = np.uint8(S[INT_MINS + j, lane])
-        if j < 4:
-            y[j] = scale
-            y[j + 4] = minimum
-        else:
-            y[j + 4] = (scale & 15) | ((minimum & 15) << 4)
-            y[j - 4] |= (scale >> 4) << 6
-            y[j] |= (minimum >> 4) << 6
-
-
-@inlined
-def read_six_bits(y: np.ndarray, j: int) -> tuple[int, int]:
-    """Scale and minimum of sub-block j, as a reader of the 12 bytes finds them."""
-    if j < 4:
-        return y[j] & 63, y[j + 4] & 63
-    return (y[j + 4] & 15) | ((y[j - 4] >> 6) << 4), (y[j + 4] >> 4) | ((y[j] >> 6) << 4)
-
-
-@inlined
-def write_head(x: np.ndarray, S: np.ndarray, lane: int, n_max: int, levels: np.ndarray, y: np.ndarray) -> None:
-    """Write the first 16 bytes of a Q4_K or Q5_K block, and put the levels 0..n_max of its weights x into `levels`."""
-    d = write_f16(S[D, lane], y[0:2])
-    dmin = write_f16(S[DMIN, lane], y[2:4])
-    scales = y[4:16]
-    write_six_bits(S, lane, scales)
-    for j in range(8):
-        scale, minimum = read_six_bits(scales, j)
-        final_levels(x, S, lane, j, 32, d * np.float32(scale), dmin * np.float32(minimum), n_max, levels)
 
 
 @inlined

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel
-from gguf3n.quants.superblocks import write_f16
+from gguf3n.quants.lanes import inlined, kernel, write_f16
 from gguf3n.quants.tq2_0 import ternary_levels
 
 BLOCK = 256

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gguf3n.quants.lanes import inlined, kernel
-from gguf3n.quants.superblocks import write_f16
+from gguf3n.quants.lanes import inlined, kernel, write_f16
 
 BLOCK = 256
 BLOCK_BYTES = 64 + 2

@@ -10,9 +10,10 @@ from gguf.constants import GGMLQuantizationType as QType
 from gguf.constants import LlamaFileType
 
 from gguf3n.errors import UsageError
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.layers import Layers, compress
 from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, Keep, Recipe, Rule
-from gguf3n.recipes.toml import A_TYPE, WRITABLE, guess_ftype
+from gguf3n.recipes.toml import A_TYPE
 
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
 QUANT_NAME = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d_0|BF16|F16|F32))$", re.IGNORECASE)
@@ -26,13 +27,13 @@ def extract_recipe(
     Args:
         origin: the file, for the recipe's name and messages.
         types: of the matrices that may be quantized, by GGUF name.
-        kept: of those that never are, likewise.
+        kept: types of the matrices that are never quantized.
         ftype: what the file says of itself.
 
     Raises: UsageError for a type that can't be written.
     """
     for name, qtype in types.items():
-        if qtype.name not in WRITABLE:
+        if qtype not in GGML_TYPES:
             raise UsageError(f"{origin}: {name} is in a type that can't be written", expected=A_TYPE, found=qtype.name)
     layers: dict[str, dict[int, QType]] = {}
     for name, qtype in types.items():
@@ -42,7 +43,7 @@ def extract_recipe(
     return Recipe(
         name=recipe_name(origin),
         qtype=base,
-        ftype=ftype if ftype is not None else guess_ftype(base),
+        ftype=ftype if ftype is not None else GGML_TYPES[base].ftype,
         rules=_rules(layers, base),
         token_embd=types[TOKEN_EMBD],
         ple=types[PER_LAYER_TOKEN_EMBD],

@@ -13,8 +13,9 @@ from typing import Any
 from gguf.constants import GGMLQuantizationType as QType
 
 from gguf3n.errors import UsageError
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, Keep, Recipe, Rule
-from gguf3n.recipes.toml import A_TYPE, RecipeFile, guess_ftype, parse, parse_type
+from gguf3n.recipes.toml import A_TYPE, RecipeFile, parse, parse_type
 
 SUFFIX = ".toml"
 SHARED = "_"
@@ -186,7 +187,7 @@ def _build(chain: _Chain, name: str) -> Recipe:
     return Recipe(
         name=name,
         qtype=qtype,
-        ftype=setting("ftype") or guess_ftype(qtype),
+        ftype=setting("ftype", GGML_TYPES[qtype].ftype),
         rules=chain.rules,
         token_embd=setting("token_embd"),
         ple=setting("ple"),

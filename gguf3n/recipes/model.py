@@ -19,40 +19,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from gguf.constants import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, LlamaFileType
+from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as QType
 
 from gguf3n.errors import UsageError
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.layers import Layers
 
 TOKEN_EMBD = TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD] + ".weight"
 PER_LAYER_TOKEN_EMBD = TENSOR_NAMES[MODEL_TENSOR.PER_LAYER_TOKEN_EMBD] + ".weight"
 TABLES = (TOKEN_EMBD, PER_LAYER_TOKEN_EMBD)
 
-PLE_TYPES = (QType.Q4_0, QType.Q4_1, QType.Q5_0, QType.Q5_1, QType.Q8_0, QType.F16, QType.BF16, QType.F32)
-"""Types of per_layer_token_embd whose rows every engine and backend gathers fast."""
-
-FALLBACKS = {
-    QType.IQ1_S: QType.IQ4_NL,
-    QType.IQ1_M: QType.IQ4_NL,
-    QType.IQ2_XXS: QType.IQ4_NL,
-    QType.IQ2_XS: QType.IQ4_NL,
-    QType.IQ2_S: QType.IQ4_NL,
-    QType.IQ3_XXS: QType.IQ4_NL,
-    QType.IQ3_S: QType.IQ4_NL,
-    QType.IQ4_XS: QType.IQ4_NL,
-    QType.Q2_K: QType.Q4_0,
-    QType.Q3_K: QType.Q4_0,
-    QType.TQ1_0: QType.Q4_0,
-    QType.TQ2_0: QType.Q4_0,
-    QType.Q4_K: QType.Q5_0,
-    QType.Q5_K: QType.Q5_1,
-    QType.Q6_K: QType.Q8_0,
-}
-"""Where rows hold no blocks of 256: the type with blocks of 32 to take. Source: tensor_type_fallback of llama-quant."""
-
-NEEDS_IMPORTANCE = frozenset({QType.IQ3_XXS, QType.IQ2_XXS, QType.IQ2_XS, QType.IQ2_S, QType.IQ1_M, QType.IQ1_S})
-"""Types that are garbage without an importance matrix, but for embedding tables. Source: tensor_requires_imatrix."""
+PLE_TYPES = tuple(
+    sorted(
+        (qtype for qtype, row in GGML_TYPES.items() if row.gathered),
+        key=lambda qtype: GGML_TYPES[qtype].block_bytes / GGML_TYPES[qtype].weights,
+    )
+)
+"""Types of per_layer_token_embd whose rows every engine and backend gathers fast, the smallest first."""
 
 UNEVALUATED_SUBSTITUTE = QType.Q2_K
 """# Why: of the types that need no importances, the smallest that every engine and GPU backend has."""
@@ -184,7 +168,7 @@ class Recipe:
         """
         decision, rule = self._decide(tensor)
         decision = _fit(decision, rule, tensor)
-        if decision.qtype not in NEEDS_IMPORTANCE or tensor.quant_weights or tensor.name in TABLES:
+        if not GGML_TYPES[decision.qtype].needs_importances or tensor.quant_weights or tensor.name in TABLES:
             return decision
         if not tensor.evaluated:
             why = f"{decision.qtype.name} needs importances, which weights that are never evaluated can't have"
@@ -213,7 +197,7 @@ class Recipe:
 
 def _fit(decision: Decision, rule: Rule | None, tensor: Tensor) -> Decision:
     """The decision, or a type whose blocks the rows hold."""
-    block_size = GGML_QUANT_SIZES[decision.qtype][0]
+    block_size = GGML_TYPES[decision.qtype].weights
     if tensor.n_per_row % block_size == 0:
         return decision
     if rule is not None and rule.strict:
@@ -230,8 +214,8 @@ def _fit(decision: Decision, rule: Rule | None, tensor: Tensor) -> Decision:
 
 def _fitting(qtype: QType, n_per_row: int) -> QType:
     """The type itself, its fallback, or F16: the first whose blocks the rows hold."""
-    for candidate in (qtype, FALLBACKS.get(qtype, qtype)):
-        if n_per_row % GGML_QUANT_SIZES[candidate][0] == 0:
+    for candidate in (qtype, GGML_TYPES[qtype].fallback):
+        if candidate is not None and n_per_row % GGML_TYPES[candidate].weights == 0:
             return candidate
     return QType.F16
 

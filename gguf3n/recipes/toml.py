@@ -1,6 +1,6 @@
 """Recipe files.
 
-inherit = "Q4_K_M"            # what this file does not say is as there; its rules come after this file's
+inherit = "Q4_K_M"            # what this file does not say is taken from there; its rules come after
 name = "mine"                 # else the file's name
 summary = "one line"
 note = "what else to know"
@@ -34,6 +34,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from gguf.constants import LlamaFileType
 
 from gguf3n.errors import UsageError
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
 from gguf3n.recipes.model import Keep, Rule
@@ -48,10 +49,7 @@ RULES = "rules"
 BASE = "base"
 """The value of `token_embd` and `ple` that means the base type."""
 
-WRITABLE = (
-    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
-)  # fmt: skip
+WRITABLE = {qtype.name: qtype for qtype in GGML_TYPES}
 """The types that a recipe may name."""
 
 
@@ -74,7 +72,7 @@ def parse_type(value: Any) -> QType:
     """A type by its name, in any case. Raises: ValueError."""
     if not isinstance(value, str) or value.upper() not in WRITABLE:
         raise ValueError
-    return QType[value.upper()]
+    return WRITABLE[value.upper()]
 
 
 def parse_ftype(value: Any) -> LlamaFileType:
@@ -84,16 +82,6 @@ def parse_ftype(value: Any) -> LlamaFileType:
             if ftype.name in (f"MOSTLY_{value.upper()}", f"ALL_{value.upper()}"):
                 return ftype
     raise ValueError
-
-
-def guess_ftype(qtype: QType) -> LlamaFileType:
-    """The file type of a file that is mostly of this type."""
-    for suffix in ("", "_M", "_S"):
-        try:
-            return parse_ftype(qtype.name + suffix)
-        except ValueError:
-            continue
-    return LlamaFileType.GUESSED
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a tensor that is not its source looks like: a table of diagnoses, the first that fits is told.
+"""What may have happened to a tensor that differs from its source: a table, of which the first that fits is told.
 
 A few rows are compared with what a fault would have made of the source: other rows of the tensor, other tensors, the
 transposed one. Rows fit where they are about as near as the type allows.

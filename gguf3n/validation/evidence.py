@@ -14,7 +14,7 @@ from gguf3n.validation.weights import Pair, dequantize_into
 from gguf3n.validation.yardsticks import PerRow, error, misplaced, row_errors
 
 UNRELATED = 0.25
-"""Rows whose cosine, and whose share of equal signs less that of others, are both below are strangers.
+"""Rows are strangers if their cosine and their surplus of equal signs are both below this.
 
 # measured: rows of scripts/measure_bands.py: no sound row of any type, 99.8 % or more of strangers
 """
@@ -138,7 +138,7 @@ def negligible(qtype: QType) -> float:
 def idle_columns(x: Values, q: Values) -> NDArray[np.bool_]:
     """Columns that are zero in every row of the file and not in the source; none if all are.
 
-    Why: blocks whose columns the importance matrix counts nothing for become zero in llama.cpp's quantizers.
+    Why: llama.cpp's quantizers write zeros for blocks whose columns have no counts in the importance matrix.
     """
     used: NDArray[np.bool_] = np.asarray(x.any(axis=0))
     idle: NDArray[np.bool_] = used & ~np.asarray(q.any(axis=0))

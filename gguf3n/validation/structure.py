@@ -34,12 +34,13 @@ from numpy.typing import NDArray
 from gguf3n.engines.reference_tokenizers import ADDS
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.gemma3n.config import MAX_LAYERS
 from gguf3n.gemma3n.part import Part
 from gguf3n.gemma3n.text import ARCH
 from gguf3n.inspection import lint
 from gguf3n.inspection.checks_model import REQUIRED
 from gguf3n.inspection.checks_vocabulary import END_OF_TURN, SPECIAL_IDS
-from gguf3n.inspection.subject import MAX_LAYERS, Subject
+from gguf3n.inspection.subject import Subject
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.document import Block, Text
 from gguf3n.validation.result import Problem, StageResult, Verdict
@@ -81,8 +82,8 @@ ABSENT: Mapping[str, Callable[[GGUFFile], Any]] = {
     _key(Keys.Attention.VALUE_LENGTH): _head_length,
     _key(Keys.Attention.SLIDING_WINDOW_PATTERN): _pattern,
 }
-"""What llama.cpp takes where a file lacks the key, from keys that it demands; of the others it has Gemma 3n's values
-built in, or refuses."""
+"""What llama.cpp assumes where a file lacks the key, worked out from keys that it demands. Of other keys it has
+Gemma 3n's values built in, or refuses the file."""
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     _key(Keys.Rope.SCALING_TYPE): ("none", "linear"),

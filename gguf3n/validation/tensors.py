@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import Interrupted
+from gguf3n.formats.ggml_types import Rounding
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile
 from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, Values
@@ -47,7 +48,6 @@ from gguf3n.validation.yardsticks import (
     ROUNDING,
     SOURCE,
     PerRow,
-    Rounding,
     relative,
     sum_rows,
 )

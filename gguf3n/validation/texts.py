@@ -127,7 +127,7 @@ CASES: tuple[Case, ...] = (
     Case("Tibetan", "བཀྲ་ཤིས་བདེ་ལེགས།"),
     Case("Cherokee", "ᎣᏏᏲ ᏙᎯᏩ"),
 )  # fmt: skip
-"""All tokenizers cut these into the same tokens by what they do, but those in `unlike`, and but for a faulty file."""
+"""All tokenizers cut these the same way, except those named in `unlike`, unless the file is faulty."""
 
 
 CHATS: Mapping[str, Chat] = {

@@ -26,7 +26,7 @@ from gguf3n.validation.stages import STAGES, Notice, check_extra
 
 Result = TypeVar("Result")
 
-SWAPPED = "name the file to be proved as FILE, and what it was made from with --reference"
+SWAPPED = "name the file to check as FILE, and what it was made from with --reference"
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ Source: the last loops of quantize_row_*_impl in ggml-quants.c, which compute le
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.formats.ggml_types import GGML_TYPES, Rounding
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.rows import Values
 
@@ -32,36 +32,10 @@ ERROR, SOURCE, FOUND, PRODUCT, LARGEST = range(5)
 N_SUMS = 5
 
 
-class Rounding(enum.Enum):
-    """The rule that a type's levels follow."""
-
-    NEAREST = "nearest level"
-    SIGN = "same sign"
-    PARITY = "one sign in eight"
-
-
 ROUNDING: Mapping[QType, tuple[Rounding, int]] = {
-    QType.Q4_0: (Rounding.NEAREST, 32),
-    QType.Q4_1: (Rounding.NEAREST, 32),
-    QType.Q5_0: (Rounding.NEAREST, 32),
-    QType.Q5_1: (Rounding.NEAREST, 32),
-    QType.Q8_0: (Rounding.NEAREST, 32),
-    QType.Q2_K: (Rounding.NEAREST, 16),
-    QType.Q3_K: (Rounding.NEAREST, 16),
-    QType.Q4_K: (Rounding.NEAREST, 32),
-    QType.Q5_K: (Rounding.NEAREST, 32),
-    QType.Q6_K: (Rounding.NEAREST, 16),
-    QType.IQ4_NL: (Rounding.NEAREST, 32),
-    QType.IQ4_XS: (Rounding.NEAREST, 32),
-    QType.TQ1_0: (Rounding.NEAREST, 32),
-    QType.TQ2_0: (Rounding.NEAREST, 32),
-    QType.IQ3_S: (Rounding.SIGN, 1),
-    QType.IQ2_S: (Rounding.SIGN, 1),
-    QType.IQ3_XXS: (Rounding.PARITY, 8),
-    QType.IQ2_XS: (Rounding.PARITY, 8),
-    QType.IQ2_XXS: (Rounding.PARITY, 8),
+    qtype: row.rounding for qtype, row in GGML_TYPES.items() if row.rounding is not None
 }
-"""The rule, and how many weights that follow each other share their levels or bits. Source: ggml-common.h."""
+"""The rule, and how many weights that follow each other share their levels or bits."""
 
 CLEARLY = 1 - 1e-3
 """Another level counts as nearer from this share of the distance on. Why: ties and the rounding of scales."""

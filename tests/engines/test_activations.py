@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_imatrix import GOLDEN, N_CHUNKS, N_CTX, TEXT, limit
 
 import gguf3n
 from gguf3n.engines.activations import (
@@ -29,6 +28,7 @@ from gguf3n.gemma3n.part import text_part
 from gguf3n.gemma3n.source import open_source
 from gguf3n.progress import Progress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
+from workshop.imatrix_comparison import GOLDEN, N_CHUNKS, N_CTX, TEXT, limit
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -16,13 +16,13 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
-from make_checkpoint import TOKENIZER
 
 from gguf3n.engines import ggml, llama_library, llama_process
 from gguf3n.engines.llama_cpp import LlamaCpp, LlamaServer, open_llama_cpp
 from gguf3n.engines.llama_library import N_BATCH, LlamaLibrary, UnknownLayout, check_parameters
 from gguf3n.engines.llama_process import PROGRAM, LlamaProcess
 from gguf3n.errors import GGUFError, UsageError
+from workshop.checkpoints import TOKENIZER
 
 pytest.importorskip("xllamacpp")
 

@@ -8,12 +8,12 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
-import compare_imatrix
 import numpy as np
 import pytest
 
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count, merge_imatrices, read_imatrix, write_imatrix
+from workshop import imatrix_comparison
 
 RNG = np.random.default_rng(0)
 
@@ -118,8 +118,8 @@ def matrix(seed: int = 0, *, chunk_size: int = 64, n: int = 32, name: str = "blk
 
 def test_merged_as_llama_imatrix_merges_them(tmp_path: Path) -> None:
     """Two files of the GGUF form and a legacy one; the bytes are recorded by scripts/compare_imatrix.py."""
-    golden = json.loads(compare_imatrix.GOLDEN.read_text("utf-8"))
-    merged = compare_imatrix.merge_ours(compare_imatrix.sample_files(tmp_path), tmp_path / "merged.gguf")
+    golden = json.loads(imatrix_comparison.GOLDEN.read_text("utf-8"))
+    merged = imatrix_comparison.merge_ours(imatrix_comparison.sample_files(tmp_path), tmp_path / "merged.gguf")
     assert hashlib.sha256(merged).hexdigest() == golden["merged"]
 
 

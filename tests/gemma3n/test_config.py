@@ -9,20 +9,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import make_checkpoint
 import pytest
 
 from gguf3n.errors import ConfigError, SourceError
 from gguf3n.gemma3n.config import FIELDS, LLAMA_CPP_FIXED, MAX_LAYERS, Config, load_config, parse_config
 from gguf3n.gemma3n.published import PUBLISHED
 from tests import micro
+from workshop import checkpoints
 
 PATH = Path("some/config.json")
 Raw = dict[str, Any]
 
 
 def published(size: str) -> Raw:
-    return micro.read_json(make_checkpoint.CONFIGS / f"gemma-3n-{size}.json")
+    return micro.read_json(checkpoints.CONFIGS / f"gemma-3n-{size}.json")
 
 
 def parse(raw: Raw) -> Config:

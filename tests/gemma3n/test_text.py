@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import make_checkpoint
 import pytest
 from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 
@@ -21,6 +20,7 @@ from gguf3n.gemma3n.names import bare_name
 from gguf3n.gemma3n.published import PUBLISHED, outline
 from gguf3n.gemma3n.text import DROPPED, RULES
 from gguf3n.gemma3n.text import table as text_table
+from workshop import checkpoints
 
 Table = dict[str, Stored]
 ROOT = "model.language_model."
@@ -32,9 +32,7 @@ every_size = pytest.mark.parametrize("size", SIZES)
 def table_of(size: str, dtype: str = "BF16") -> Table:
     """A table of a published size, as if all tensors were in one file."""
     table, offset = {}, 0
-    for name, shape in make_checkpoint.read_inventory(
-        make_checkpoint.INVENTORIES / f"gemma-3n-{size.lower()}.json"
-    ).items():
+    for name, shape in checkpoints.read_inventory(checkpoints.INVENTORIES / f"gemma-3n-{size.lower()}.json").items():
         table[name] = Stored(name, dtype, shape, Path("dir/model.safetensors"), offset)
         offset += table[name].stored_bytes
     return table

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import make_checkpoint
 import pytest
 from gguf.constants import TokenType
 
@@ -17,6 +16,7 @@ from gguf3n.errors import TokenizerError
 from gguf3n.gemma3n.config import Config, parse_config
 from gguf3n.gemma3n.tokenizer import ADDED_SCORE, UNUSED_SCORE, Vocabulary, read_vocabulary
 from tests import micro
+from workshop import checkpoints
 
 CONFIG = parse_config(micro.config(), Path("config.json"))
 """1,024 text tokens, 1,088 in all."""
@@ -25,7 +25,7 @@ CONFIG = parse_config(micro.config(), Path("config.json"))
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """All tokenizer files beside a config.json, to be changed."""
-    shutil.copytree(make_checkpoint.TOKENIZER, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(checkpoints.TOKENIZER, tmp_path, dirs_exist_ok=True)
     micro.write_json(tmp_path / "config.json", micro.config())
     return tmp_path
 
@@ -228,7 +228,7 @@ def json_only(content: bytes) -> Callable[[Path], None]:
     return apply
 
 
-SPM = (make_checkpoint.TOKENIZER / "tokenizer.model").read_bytes()
+SPM = (checkpoints.TOKENIZER / "tokenizer.model").read_bytes()
 CONFIG_NAME = "tokenizer_config.json"
 
 BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {

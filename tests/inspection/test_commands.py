@@ -90,7 +90,7 @@ INSPECT_KEYS = {
 
 
 def test_inspect_json(run: Run, sound: Path) -> None:
-    """The schema that README.md documents."""
+    """The schema that docs/json.md documents."""
     _, out = run("inspect", sound, "--json")
     result = json.loads(out)
     assert set(result) == INSPECT_KEYS
@@ -156,7 +156,7 @@ def test_lint(run: Run, copy: Path) -> None:
     code, out = run("lint", copy, "--json")
     result = json.loads(out)
     assert code == 12 and result["ok"] is False and result["counts"] == {"error": 1, "warning": 1, "note": 0}
-    assert set(result["findings"][0]) == {"id", "severity", "meaning", "fix", "found"}
+    assert set(result["findings"][0]) == {"id", "severity", "meaning", "fix", "where", "what", "found"}
     code, out = run("lint", copy, "--github")
     assert code == 12 and out.startswith("::error file=") and "title=missing-tensor::" in out
 

@@ -8,7 +8,6 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import fuzz_gguf
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, tensor_by
 from gguf3n.formats.gguf_reader import MAX_KEYS, MAX_STRINGS, MAX_TENSORS, MAX_TEXT_BYTES, open_gguf
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.inspection.lint import lint
+from workshop import fuzzing
 
 FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
@@ -78,7 +78,7 @@ def test_a_valid_file_is_read_as_written(
         (name, shape, qtype, tensor_bytes(qtype, shape)) for name, shape, qtype in tensors
     ]
     assert lint(path).skipped is not None
-    fuzz_gguf.check(data)
+    fuzzing.check(data)
 
 
 @FEW
@@ -86,21 +86,21 @@ def test_a_valid_file_is_read_as_written(
 def test_a_mutated_file_is_refused_or_read(
     file: tuple[bytes, list[KeyValue], list[tuple[str, tuple[int, ...], QType]]], seed: int
 ) -> None:
-    fuzz_gguf.test_one_input(fuzz_gguf.mutate(file[0], random.Random(seed)))
+    fuzzing.test_one_input(fuzzing.mutate(file[0], random.Random(seed)))
 
 
-@pytest.mark.parametrize("number", range(len(fuzz_gguf.seeds())))
+@pytest.mark.parametrize("number", range(len(fuzzing.seeds())))
 def test_mutations_of_the_fuzzers_seeds(number: int) -> None:
-    seed = fuzz_gguf.seeds()[number]
+    seed = fuzzing.seeds()[number]
     rng = random.Random(number)
     for _ in range(300):
-        fuzz_gguf.test_one_input(fuzz_gguf.mutate(seed, rng))
+        fuzzing.test_one_input(fuzzing.mutate(seed, rng))
 
 
 @FEW
 @given(data=st.binary(max_size=200), version=st.sampled_from([2, 3]))
 def test_any_bytes_after_the_version(data: bytes, version: int) -> None:
-    fuzz_gguf.check(struct.pack("<4sI", b"GGUF", version) + data)
+    fuzzing.check(struct.pack("<4sI", b"GGUF", version) + data)
 
 
 def text(words: bytes) -> bytes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import compare_imatrix
 import numpy as np
 import pytest
 
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, read_imatrix
 from gguf3n.inspection.imatrix_statistics import imatrix_statistics
+from workshop import imatrix_comparison
 
 
 def matrix(entries: dict[str, tuple[list[float], float]]) -> ImportanceMatrix:
@@ -23,13 +23,13 @@ def matrix(entries: dict[str, tuple[list[float], float]]) -> ImportanceMatrix:
 
 def test_what_llama_imatrix_prints(tmp_path: Path) -> None:
     """Recorded by scripts/compare_imatrix.py."""
-    theirs = json.loads(compare_imatrix.GOLDEN.read_text("utf-8"))["statistics"]
-    sample = read_imatrix(compare_imatrix.sample_files(tmp_path)[0])
-    ours = compare_imatrix.our_statistics(imatrix_statistics(sample))
+    theirs = json.loads(imatrix_comparison.GOLDEN.read_text("utf-8"))["statistics"]
+    sample = read_imatrix(imatrix_comparison.sample_files(tmp_path)[0])
+    ours = imatrix_comparison.our_statistics(imatrix_statistics(sample))
     assert len(theirs) == 9 + 3
-    assert compare_imatrix.statistics_differences(ours, theirs) == []
+    assert imatrix_comparison.statistics_differences(ours, theirs) == []
     ours[0][2] = "1e6"
-    assert len(compare_imatrix.statistics_differences(ours, theirs)) == 1
+    assert len(imatrix_comparison.statistics_differences(ours, theirs)) == 1
 
 
 def test_worked_out_by_hand() -> None:

@@ -9,13 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf.constants import Keys
 
 import gguf3n
 from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.errors import GGUFError
+from gguf3n.formats.gguf_layout import GGUFValueType as VT
+from gguf3n.formats.gguf_reader import open_gguf
+from gguf3n.gemma3n.config import LLAMA_CPP_FIXED
+from gguf3n.inspection.checks_model import REQUIRED
+from gguf3n.inspection.found import FILE, HEADER, Found, absent, named, said
 from gguf3n.inspection.lint import CHECKS, Group, Severity, lint
 from gguf3n.inspection.repair import FIXES, repair
-from tests.inspection.faults import PLANTS
+from gguf3n.progress import Progress
+from tests.inspection.faults import PLANTS, set_key
 
 Planted = Callable[[str], Path]
 BY_ID = {check.id: check for check in CHECKS}
@@ -90,6 +97,45 @@ def test_a_fault_is_named(planted: Planted, check_id: str) -> None:
     )
 
 
+@pytest.mark.parametrize("check_id", PLANTS)
+def test_a_fault_has_its_place(planted: Planted, sound: Path, check_id: str) -> None:
+    """A tensor, a key or a token of the sound file or of this one, or a part of it."""
+    path = planted(check_id)
+    places = {FILE, HEADER, "part 1", "general.sampling", *(name for name, _ in LLAMA_CPP_FIXED)}
+    for file in (sound, path) if check_id != "unreadable" else (sound,):
+        gguf = open_gguf(file, strict=False)
+        places |= {*gguf.keys, *gguf.tensors, *(f"token {i}" for i in range(1088))}
+    places |= {name.format(arch="gemma3n") for name in (*REQUIRED, Keys.Tokenizer.EOT_ID)}
+    for finding in lint(path, with_data=True).findings:
+        assert finding.where in places and finding.what
+        assert finding.as_dict()["found"] == finding.found
+
+
+def test_words_of_a_fault() -> None:
+    assert [str(fault) for fault in (Found("a", "is b"), named("a", "is b"), absent("a"), said("a", "b"))] == [
+        "a is b",
+        "a",
+        "there is no a",
+        "b",
+    ]
+
+
+def test_an_opened_file(copy: Path) -> None:
+    PLANTS["gaps"](copy)
+    assert lint(open_gguf(copy, strict=False)) == lint(copy)
+
+
+def test_progress_of_the_data(sound: Path) -> None:
+    told: list[Progress] = []
+    lint(sound, progress=told.append)
+    assert told == []
+    lint(sound, with_data=True, progress=told.append)
+    n_bytes = sum(tensor.n_bytes for tensor in open_gguf(sound).tensors.values())
+    assert {(state.stage, state.unit, state.total) for state in told} == {("reading tensors", "bytes", n_bytes)}
+    assert [state.done for state in told] == sorted(state.done for state in told)
+    assert told[-1].done == n_bytes
+
+
 @pytest.mark.parametrize("check_id", FIXES)
 def test_a_fault_is_mended(planted: Planted, sound: Path, check_id: str) -> None:
     """And llama.cpp then says the same as of the sound file, to the bit."""
@@ -119,6 +165,12 @@ def test_llama_cpp_aborts(planted: Planted, check_id: str) -> None:
     quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else ggml has a debugger, if there is one, print its stack
     process = subprocess.run(command, capture_output=True, check=False, timeout=120, env=quiet)
     assert process.returncode < 0
+
+
+def test_a_file_type_of_zero_is_one(copy: Path) -> None:
+    set_key(copy, "general.file_type", VT.UINT32, 0)
+    (finding,) = lint(copy).findings
+    assert finding.found.startswith("ALL_F32, but the matrices are Q8_0")
 
 
 def test_a_file_of_another_model(tmp_path: Path) -> None:

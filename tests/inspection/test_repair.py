@@ -59,6 +59,21 @@ def test_another_file(copy: Path, tmp_path: Path) -> None:
     assert lint(tmp_path / "mended.gguf").findings == ()
     with pytest.raises(OutputError, match="exists"):
         repair(copy, output=tmp_path / "mended.gguf")
+    assert repair(str(copy), output=str(tmp_path / "again.gguf")).how == "copied"
+    assert edit(str(copy), [OPERATIONS[0]], output=str(tmp_path / "edited.gguf")).how == "copied"
+    assert digest(copy) == before
+
+
+def test_a_fix_is_named_for_the_fault_that_it_mends(copy: Path) -> None:
+    for check_id in ("missing-key", "assumed-key"):
+        PLANTS[check_id](copy)
+    assert {fix.check_id: fix.what.split()[1] for fix in repair(copy, dry_run=True).fixes} == {
+        "missing-key": "gemma3n.embedding_length",
+        "assumed-key": "gemma3n.rope.freq_base",
+    }
+    result = repair(copy, only=("assumed-key",))
+    assert [fix.check_id for fix in result.fixes] == ["assumed-key"]
+    assert {finding.check.id for finding in result.left} == {"missing-key"}
 
 
 @pytest.mark.parametrize("make", [os.symlink, os.link], ids=["symlink", "hard-link"])

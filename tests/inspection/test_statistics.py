@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf.quants
-import make_checkpoint as checkpoints
 import numpy as np
 import pytest
 
@@ -41,6 +40,7 @@ from gguf3n.inspection.statistics import (
 )
 from gguf3n.progress import Progress
 from tests import micro
+from workshop import checkpoints
 
 Run = Callable[..., tuple[int, str]]
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gguf3n
 from gguf3n.quants import lanes
 
 EVERY_HALF = np.arange(65536, dtype=np.uint16)
@@ -112,3 +118,27 @@ def test_compiled_and_plain_functions_agree() -> None:
     for x in np.concatenate([ODD_FLOATS, random_bits(200, seed=1)]):
         assert lanes.f16_bits(x) == lanes.f16_bits.py_func(x)
         assert lanes.truncated(x) == lanes.truncated.py_func(x)
+
+
+COUNT_HITS = """
+import numpy as np
+from gguf3n.quants import q8_0
+q8_0.quantize(np.ones((1, 32), np.float32), np.empty((1, 34), np.uint8))
+print(sum(q8_0.quantize.stats.cache_hits.values()))
+"""
+
+
+def test_compiled_kernels_are_kept_for_the_sources_of_the_whole_package(tmp_path: Path) -> None:
+    """Parts are inlined from other files, so a kernel is not to be used again when one of those has changed."""
+    package = tmp_path / "gguf3n"
+    shutil.copytree(Path(gguf3n.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def hits() -> int:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", COUNT_HITS]
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True, cwd=tmp_path).stdout)
+
+    assert [hits(), hits()] == [0, 1]
+    with open(package / "quants" / "q2_k.py", "a") as file:
+        file.write("\n# changed\n")
+    assert [hits(), hits()] == [0, 1]

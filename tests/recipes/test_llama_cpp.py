@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from make_recipe_snapshots import FTYPES, SIZES, SNAPSHOT, compress, expand
 
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.gemma3n.config import parse_config
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, find_recipe, override, preset_names, variant_names
-from gguf3n.recipes.model import NEEDS_IMPORTANCE
 from tests.recipes.facts import data_bytes, decisions, facts, type_counts, types
+from workshop.snapshots import FTYPES, SIZES, SNAPSHOT, compress, expand
 
 
 @lru_cache
@@ -46,7 +46,7 @@ def test_types_are_those_of_llama_quantize(size: str, ftype: str) -> None:
     recipe = find_recipe(f"{ftype}@llama.cpp")
     assert types(recipe, size, imatrix=True, complete=True) == llama_quantize(size, ftype, imatrix=True)
     expected = llama_quantize(size, ftype, imatrix=False)
-    needy = {qtype.name for qtype in NEEDS_IMPORTANCE}
+    needy = {qtype.name for qtype, row in GGML_TYPES.items() if row.needs_importances}
     for name, decision in decisions(recipe, size).items():
         substituted = decision.qtype.name == "Q2_K" and "never evaluated" in decision.reason
         assert decision.qtype.name == expected[name] or (substituted and expected[name] in needy)
@@ -114,7 +114,7 @@ def test_every_mixture_has_both_exact_names() -> None:
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_configs_are_those_of_the_fixtures(size: str) -> None:
-    from make_checkpoint import CONFIGS
+    from workshop.checkpoints import CONFIGS
 
     path = CONFIGS / f"gemma-3n-{size.lower()}.json"
     assert parse_config(json.loads(path.read_text("utf-8")), path) == PUBLISHED[size]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare_llama_cpp import random_importances
 
 import gguf3n
 from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.engines.reference import Reference
 from gguf3n.validation.divergence import measure
+from workshop.comparison import random_importances
 
 TOKENS = [2, *np.random.default_rng(1).integers(494, 1020, 31).tolist()]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
-from make_recipe_snapshots import SIZES
 
 from gguf3n.gemma3n.published import HEADER_BYTES, PUBLISHED
 from gguf3n.planning import estimate
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, TOKEN_EMBD, Keep, find_recipe, preset_names
 from tests.recipes.facts import data_bytes, decisions, facts, type_counts, types
+from workshop.snapshots import SIZES
 
 NAMES = preset_names()
 UNSLOTH = [name for name in NAMES if name.startswith("UD-") or name == "Q2_K_L"]
@@ -139,7 +139,7 @@ def test_estimates(name: str, size: str) -> None:
     assert counts == type_counts(recipe, size, imatrix=found.needs_imatrix)
 
 
-def test_the_table_in_the_readme_is_up_to_date() -> None:
+def test_the_table_in_the_docs_is_up_to_date() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "make_recipe_table.py"), "--check"]
     done = subprocess.run(command, check=False, env={"PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == 0, "run scripts/make_recipe_table.py"

@@ -45,6 +45,13 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_type_of_ones_own(tmp_path: Path) -> None:
+    """F32's number is 0, which is a file type like any other."""
+    for name in ("F32", "Q4_K_S"):
+        recipe = find_recipe(write(tmp_path / "mine.toml", f'type = "Q8_0"\nftype = "{name}"\n'))
+        assert recipe.ftype.name.endswith(f"_{name}")
+
+
 def test_inheritance_from_a_file_and_a_variant(tmp_path: Path) -> None:
     write(tmp_path / "base.toml", 'inherit = "Q4_K_M@2025"\ntoken_embd = "Q8_0"\n')
     recipe = find_recipe(write(tmp_path / "top.toml", 'inherit = "base.toml"\nname = "My-1.5"\nple = "Q5_0"\n'))

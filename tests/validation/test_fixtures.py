@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make_checkpoint as checkpoints
-import make_tokenizer
 import numpy as np
 import pytest
 import sentencepiece
-from make_checkpoint import CONFIGS, INVENTORIES, LAYOUTS, Options, read_inventory
 from safetensors import safe_open
 
-FIXTURES = make_tokenizer.FIXTURES
-TEXTS = [(FIXTURES / "text" / name).read_text("utf-8") for name in make_tokenizer.TEXTS]
+from workshop import checkpoints, small_tokenizer
+from workshop.checkpoints import CONFIGS, INVENTORIES, LAYOUTS, Options, read_inventory
+from workshop.places import FIXTURES
+
+TEXTS = [(FIXTURES / "text" / name).read_text("utf-8") for name in small_tokenizer.TEXTS]
 
 
 def header_of(file: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_config_fits_inventory(size: str) -> None:
 
 
 def test_tokenizer_is_reproducible() -> None:
-    made = make_tokenizer.tokenizer_files(make_tokenizer.train(), make_tokenizer.BEYOND_PIECES)
+    made = small_tokenizer.tokenizer_files(small_tokenizer.train(), small_tokenizer.BEYOND_PIECES)
     assert made == {path.name: path.read_bytes() for path in (FIXTURES / "tokenizer").iterdir()}
 
 

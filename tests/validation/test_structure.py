@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_checkpoint import FIXTURES
 
 import gguf3n
 from gguf3n.conversion import read_gguf, read_source
@@ -22,6 +21,7 @@ from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.result import Verdict
 from gguf3n.validation.structure import check_structure
 from tests.validation.plant_keys import FAULTS, SCORES, TEMPLATE, TOKENS, TYPES, change, set_key, unset_key, values
+from workshop.places import FIXTURES
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
-import measure_bands
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
@@ -37,6 +36,7 @@ from gguf3n.validation.tensors import check_tensors
 from gguf3n.validation.yardsticks import ROUNDING, misplaced, relative
 from tests import micro
 from tests.validation.plant import PLANTS, Planter
+from workshop import bands
 
 ROOT = "model.language_model."
 TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -499,7 +499,7 @@ def test_every_type_has_a_band() -> None:
 
 @pytest.mark.parametrize("qtype", [QType.F16, QType.Q8_0, QType.Q4_1, QType.Q4_K, QType.IQ2_XXS], ids=lambda q: q.name)
 def test_the_bands_are_what_is_measured(qtype: QType) -> None:
-    assert measure_bands.agree(BANDS[qtype], measure_bands.measure(qtype))
+    assert bands.agree(BANDS[qtype], bands.measure(qtype))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from workshop.places import ROOT
 
 
 def make_environment(extra: str) -> Path:

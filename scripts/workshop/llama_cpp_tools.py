@@ -149,4 +149,4 @@ def _types(source: str, ftype: str, imatrix: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"quantize": _quantize, "types": _types}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit((_quantize if sys.argv[1] == "quantize" else _types)(*sys.argv[2:]))

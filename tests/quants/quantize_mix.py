@@ -1,0 +1,48 @@
+"""Every type's bytes for a mix of rows, as numba compiles for the processor that the environment names.
+
+    python -m tests.quants.quantize_mix MIX.npz     an array a type and mode, and "registers": those of the kernels
+
+Run by test_cpu_targets, in processes of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as QType
+
+from gguf3n.quants import iq2, q4_k, q8_0
+from tests.quants import inputs
+from tests.quants.test_contract import ABORTING, MODES, mode_name, quantize
+
+N_PER_ROW = 512
+KERNELS = (q4_k.quantize, q8_0.quantize, iq2.evaluate)
+
+
+def mixed_rows(qtype: QType) -> np.ndarray:
+    """Two rows of every family that ggml survives."""
+    families = [family for family in inputs.ROWS if not (family == "huge" and qtype in ABORTING)]
+    return np.concatenate([inputs.rows(family, 2, N_PER_ROW) for family in families])
+
+
+def mixed_weights(weighted: bool) -> list[np.ndarray | None]:
+    """Every family of quant_weights, or none."""
+    return [inputs.quant_weights(family, N_PER_ROW) for family in inputs.WEIGHTS] if weighted else [None]
+
+
+def main(path: str) -> None:
+    made = {
+        mode_name(qtype, weighted): np.stack(
+            [quantize(mixed_rows(qtype), qtype, quant_weights) for quant_weights in mixed_weights(weighted)]
+        )
+        for qtype, weighted in MODES
+    }
+    assembly = "".join(text for kernel in KERNELS for text in kernel.inspect_asm().values())
+    registers = sorted({register[:3] for register in re.findall(r"%[xyz]mm\d+", assembly)})
+    np.savez(path, registers=np.array(registers), **made)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
