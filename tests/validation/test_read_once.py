@@ -76,9 +76,7 @@ def test_a_checkpoint(
     assert len(expected) == 9
     assert set(reads) >= expected
     assert set(reads.values()) == {1}, reads
-    assert set(reads) - expected <= {
-        f"read_json {path.name}" for path in directory.glob("*token*.json")
-    }
+    assert set(reads) - expected <= {f"read_json {path.name}" for path in directory.glob("*token*.json")}
 
 
 @every_choice
