@@ -271,7 +271,7 @@ def test_the_reference_of_convert_must_fit(
 def test_file_and_source_swapped(sound: Path, tiny_checkpoint: Path) -> None:
     for file, source in ((tiny_checkpoint, sound), (sound, sound)):
         result = run("validate", file, "--reference", source)
-        assert "name the file to be proved as FILE" in str(result.exception)
+        assert "name the file to check as FILE" in str(result.exception)
         assert "requantize" not in str(result.exception)
 
 
