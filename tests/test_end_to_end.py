@@ -15,6 +15,7 @@ from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.engines.reference import Reference
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
 from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.part import text_part
 from gguf3n.quants import QUANTIZERS
 from gguf3n.validation.divergence import Divergence, measure
 
@@ -97,7 +98,7 @@ def test_single_types_stand_in_order(tiny_checkpoint: Path, tmp_path: Path) -> N
         tmp_path / "ones.gguf",
         {
             tensor.name: Entry(np.ones((1, tensor.n_per_row), np.float32), np.ones(1, np.float32))
-            for tensor in model.tensors
+            for tensor in text_part(model).tensors
             if tensor.storage is Storage.QUANTIZABLE and tensor.bid is not None and tensor.evaluated
         },
     )

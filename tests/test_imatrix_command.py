@@ -17,6 +17,7 @@ from gguf3n.cli import imatrix as command
 from gguf3n.engines.activations import Measurement, measure_chunks
 from gguf3n.errors import Interrupted, OutputError, UsageError
 from gguf3n.formats.imatrix import merge_imatrices, read_imatrix, write_imatrix
+from gguf3n.gemma3n.source import Checkpoint, Source
 from workshop import imatrix_comparison
 
 pytest.importorskip("torch")
@@ -61,7 +62,7 @@ def replayed(
     def replay(interrupt_after: int | None) -> list[dict[str, Any]]:
         asked: list[dict[str, Any]] = []
 
-        def chunks(source: Path, texts: list[Path], **options: Any) -> Iterator[Measurement]:
+        def chunks(source: Source, texts: list[Path], **options: Any) -> Iterator[Measurement]:
             asked.append({"source": source, "texts": texts, **options})
             for measurement in recorded:
                 if measurement.n_done - 1 == interrupt_after:
@@ -100,8 +101,10 @@ def test_the_options_reach_the_measurement(
     assert (code, err) == (0, "")
     (given,) = asked
     del given["notice"]
+    source = given.pop("source")
+    assert isinstance(source, Checkpoint)
+    assert (source.path, source.origin) == (tiny_checkpoint, str(tiny_checkpoint))
     assert given == {
-        "source": tiny_checkpoint,
         "texts": [TEXT, TEXT],
         "n_ctx": 16,
         "n_chunks": 9,

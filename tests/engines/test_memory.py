@@ -86,7 +86,7 @@ def test_what_is_run_one_after_the_other(tiny_checkpoint: Path, tmp_path: Path) 
     of_checkpoint, of_file = reference_need(checkpoint, "float32", 64), llama_cpp_need(subject, 64)
 
     def told(needs: tuple[ModelNeed, ...]) -> list[tuple[str, int, list[str]]]:
-        return [(need.what, need.n_bytes, list(map(str, need.others))) for need in needs]
+        return [(need.what, need.n_bytes, list(map(str, need.alternatives))) for need in needs]
 
     saved, server = "--use-reference FILE", "--server URL"
     smaller = str(memory.SMALLER_STAGES)
@@ -95,10 +95,10 @@ def test_what_is_run_one_after_the_other(tiny_checkpoint: Path, tmp_path: Path) 
     other = reference_need(checkpoint, "float32", 64, Alternative(saved), memory.SMALLER_STAGES)
     assert source_need(checkpoint, "float32", 64, Alternative(saved), memory.SMALLER_STAGES) == other
     (one, two) = models_needs(checkpoint, subject, 64, "float32", None)
-    assert (one.what, one.n_bytes, one.others) == (*first, other.others)
-    assert (two.what, two.n_bytes, list(map(str, two.others))) == (*second, [server, smaller])
+    assert (one.what, one.n_bytes, one.alternatives) == (*first, other.alternatives)
+    assert (two.what, two.n_bytes, list(map(str, two.alternatives))) == (*second, [server, smaller])
     (one, two) = models_needs(gguf, subject, 64, "float32", None)
-    assert (one.what, one.n_bytes, list(map(str, one.others))) == (*second, [saved, smaller])
+    assert (one.what, one.n_bytes, list(map(str, one.alternatives))) == (*second, [saved, smaller])
     assert told(models_needs(None, subject, 64, "float32", None)) == [(*second, [server, smaller])]
     assert models_needs(None, subject, 64, "float32", "http://elsewhere") == ()
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gguf3n
 from gguf3n.engines.reference import HEAD_POSITIONS, Reference
-from gguf3n.errors import ConfigError, UsageError
+from gguf3n.errors import ConfigError, SourceError, UsageError
+from gguf3n.gemma3n.source import open_source
+from tests import micro
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -137,5 +140,17 @@ def test_without_torch(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(SourceError, match="no checkpoint here"):
+        Reference(tmp_path)
+    micro.write_safetensors(tmp_path / "model.safetensors", {"x": np.zeros(4, np.float32)})
     with pytest.raises(ConfigError, match="another model"):
         Reference(tmp_path)
+
+
+def test_a_source_that_is_open(tiny_checkpoint: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    with Reference(open_source(tiny_checkpoint)) as reference:
+        assert (np.array(list(reference.logprobs(IDS))) == expected).all()
+        assert reference.tokenize("The harbour") == Reference(str(tiny_checkpoint)).tokenize("The harbour")
+    (written,) = gguf3n.convert(tiny_checkpoint, "F16", tmp_path)
+    with pytest.raises(SourceError, match="a GGUF file"):
+        Reference(written.path)

@@ -57,6 +57,9 @@ class Memory:
         self.reads.append((offset, n))
         return self.data[offset : offset + n]
 
+    def sibling(self, name: str) -> ByteSource:
+        raise NotImplementedError
+
     def close(self) -> None:
         """Nothing is held."""
 
