@@ -98,7 +98,7 @@ def open_source(
     if revision is not None:
         raise UsageError(f"--revision is for Hub ids; {source} is a local path", fix="leave --revision out")
     path = Path(source)
-    if os.path.isfile(path):  # os.path: False for a name that is too long, too
+    if os.path.isfile(path) or (path.suffix == ".gguf" and not os.path.isdir(path)):  # False for names too long, too
         return open_gguf_source(path)
     if not os.path.isdir(path):
         raise SourceError(
