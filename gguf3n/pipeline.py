@@ -78,6 +78,7 @@ def run(
             work = _Work(opened, stop, progress, chunk_weights)
             stack.callback(work.reader.close)
             run_workers(work.loop, threads or default_threads(), stop, work.meter.report)
+            work.reader.check_unchanged()
             for _, writer in opened:
                 writer.commit()
     except KeyboardInterrupt:

@@ -201,6 +201,6 @@ def _notices(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], rec
         if tensor.name == PER_LAYER_TOKEN_EMBD and decision.qtype not in PLE_TYPES:
             notices.append(
                 f"{recipe.name}: per_layer_token_embd in {decision.qtype.name}: GPU backends can't look up rows of "
-                "that type and leave it to the CPU, and Ollama's own engine can't read it; choose another with --ple"
+                "that type and leave it to the CPU, and Ollama before 0.30 can't read it; choose another with --ple"
             )
     return notices

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from gguf3n.errors import GGUFError
 
@@ -38,8 +39,17 @@ def is_remote(source: str | Path) -> bool:
     return not Path(source).exists() and is_repo_id(repo_id) and (bool(file) or not source.endswith(".gguf"))
 
 
+Stamp: TypeAlias = tuple[int, int, int, int]
+
+
+def stamp(path: str | Path) -> Stamp:
+    """What changes when a file is replaced or written: device, number, size and time of its last change."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class LocalFile:
-    """A file on disk. Nothing stays open between two reads.
+    """A file on disk, with the stamp that it had when it was opened. Nothing stays open between two reads.
 
     Raises: GGUFError where it can't be read.
     """
@@ -50,6 +60,7 @@ class LocalFile:
         try:
             if not path.is_file():
                 raise GGUFError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
+            self.stamp = stamp(path)
             self.n_bytes = path.stat().st_size
         except OSError as error:
             raise GGUFError(f"{path}: cannot be opened", found=error.strerror or str(error)) from error

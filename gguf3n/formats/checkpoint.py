@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import CheckpointError, SourceError
+from gguf3n.formats.byte_source import stamp
 from gguf3n.formats.rows import DTYPE_BYTES, FLOAT_DTYPES, Stored
 
 MAX_HEADER_BYTES = 100_000_000
@@ -68,6 +70,7 @@ def read_header(path: Path) -> list[Stored]:
     Raises: CheckpointError for anything but a complete and consistent file.
     """
     try:
+        seen = stamp(path)
         file_bytes = path.stat().st_size
         with open(path, "rb") as file:
             prefix = file.read(8)
@@ -94,7 +97,7 @@ def read_header(path: Path) -> list[Stored]:
         raise CheckpointError(f"{path}: the header is not a JSON object", found=type(header).__name__)
     header.pop("__metadata__", None)
     data_start = 8 + header_bytes
-    tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    tensors = [replace(_tensor(path, name, entry, data_start), stamp=seen) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.stored_bytes))
     position = data_start
     for tensor in tensors:

@@ -13,17 +13,18 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from gguf3n.errors import GGUFError, OutputError
-from gguf3n.formats.byte_source import HeaderInMemory
+from gguf3n.formats.byte_source import HeaderInMemory, LocalFile, stamp
 from gguf3n.formats.gguf_layout import ALIGNMENT, MAGIC, GGUFValueType, KeyValue, QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, read_header
 from gguf3n.formats.gguf_writer import GGUFWriter, Layout, pack_string, pack_value
-from gguf3n.formats.whole_file import output_error
+from gguf3n.formats.whole_file import check_output, output_error
 
 COPY_BYTES = 1 << 22
 SECTOR_BYTES = 512
@@ -201,6 +202,19 @@ class Draft:
         path = self.gguf.path
         if output is None and not self.changed:
             return "unchanged"
+        with _locked(path):
+            self._check_unchanged(path)
+            return self._save(path, output)
+
+    def _check_unchanged(self, path: Path) -> None:
+        """Why: another run may have changed the file since its header was read, and its change would be lost."""
+        part = self.gguf.parts[0]
+        if isinstance(part, LocalFile) and stamp(path) != part.stamp:
+            raise OutputError(f"{path}: changed by another program since it was read", fix="run the command again")
+
+    def _save(self, path: Path, output: Path | None) -> str:
+        if output is None:
+            check_output(path, force=True)
         patches = self.patches()
         if output is None and patches is not None and not path.is_symlink() and path.stat().st_nlink == 1:
             _patch(path, patches)
@@ -211,7 +225,7 @@ class Draft:
     def _copy(self, path: Path, output: Path, *, force: bool) -> None:
         header = self.header()
         layout = Layout(header, (), self.total_bytes)
-        with GGUFWriter(output, layout, force=force, durable=True) as writer, open(path, "rb", buffering=0) as file:
+        with GGUFWriter(output, layout, force=force) as writer, open(path, "rb", buffering=0) as file:
             for target, source, n_bytes in self._moves(len(header)):
                 _stream(file.fileno(), source, n_bytes, writer, target, path)
             writer.commit()
@@ -224,6 +238,19 @@ class Draft:
         for tensor, offset in zip(self.tensors, self._offsets(), strict=True):
             if tensor.n_source:
                 yield n_header + offset, tensor.source, tensor.n_source
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """While others of us wait; not on Windows, where a file that is open can't be replaced."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "rb") as file:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        yield
 
 
 def _is_numbers(key: GGUFKey) -> bool:

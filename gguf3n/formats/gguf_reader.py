@@ -243,7 +243,8 @@ class GGUFFile:
             raise GGUFError(f"{self.name}: big-endian", expected="a little-endian file", fix=LITTLE_ENDIAN)
         part = self.parts[tensor.part]
         file = part.path if isinstance(part, LocalFile) else part
-        return Stored(tensor.name, tensor.qtype.name, tensor.shape, file, tensor.offset, GGUFError)
+        found = part.stamp if isinstance(part, LocalFile) else None
+        return Stored(tensor.name, tensor.qtype.name, tensor.shape, file, tensor.offset, GGUFError, found)
 
     def check(self) -> None:
         """Raise the first of `problems`, as a strict reading does. Raises: GGUFError."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_layout import (
     MAGIC,
     SCALAR_CODES,
@@ -24,6 +25,7 @@ from gguf3n.formats.gguf_layout import (
     aligned,
     tensor_bytes,
 )
+from gguf3n.formats.gguf_reader import open_part
 from gguf3n.formats.offset_files import OffsetFiles
 from gguf3n.formats.whole_file import WholeFile, output_error
 
@@ -105,32 +107,29 @@ class GGUFWriter:
     """Writes one file of a known layout; a context manager.
 
     `write_at` may be called from several threads, in any order. Leaving the context with an exception removes the
-    temporary file; `commit` gives the file its final name, `durable` after the disk has it, for a file that replaces
-    the only copy.
+    temporary file; `commit` gives the file its final name, after its own header has been read back and held against it.
 
     Raises: OutputError where the file exists and `force` is not set, or the disk or its rights refuse it.
     """
 
-    def __init__(self, path: Path, layout: Layout, *, force: bool = False, durable: bool = False) -> None:
+    def __init__(self, path: Path, layout: Layout, *, force: bool = False) -> None:
         self.path = path
         self.layout = layout
         self.force = force
-        self.durable = durable
         self._files = OffsetFiles("r+")
 
     def __enter__(self) -> GGUFWriter:
-        self._file = WholeFile(self.path, force=self.force, n_bytes=self.layout.total_bytes, durable=self.durable)
+        self._file = WholeFile(self.path, force=self.force, n_bytes=self.layout.total_bytes)
         try:
             self._file.write(self.layout.header)
-            self._file.truncate(self.layout.total_bytes)
-            self._file.close()
+            self._file.extend(self.layout.total_bytes)
         except BaseException:
             self._file.discard()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._files.close()
+        self._close()
         self._file.discard()
 
     def write_at(self, offset: int, data: np.ndarray) -> None:
@@ -141,6 +140,39 @@ class GGUFWriter:
             raise output_error(self.path, error) from error
 
     def commit(self) -> None:
-        """Give the complete file its final name."""
-        self._files.close()
+        """Give the complete file its final name. Raises: OutputError; GGUFError for a file that is not as laid out."""
+        self._close()
+        check_written(self._file.temporary, self.layout, self.path)
         self._file.commit()
+
+    def _close(self) -> None:
+        try:
+            self._files.close()
+        except OSError as error:
+            raise output_error(self.path, error) from error
+
+
+def check_written(temporary: Path, layout: Layout, path: Path) -> None:
+    """Hold a written file against its own header: whoever reads it finds every tensor where it was put.
+
+    Args:
+        layout: without slots where a file is mended, which may have faults left.
+        path: its final name, for messages.
+
+    Raises: GGUFError.
+    """
+    try:
+        found = open_part(temporary, strict=bool(layout.slots))
+    except GGUFError as error:
+        raise GGUFError(
+            f"{path}: what was written can't be read back", found=error.one_line, fix="report this: it is a bug"
+        ) from error
+    wanted = [(slot.name, slot.shape, slot.qtype, slot.offset) for slot in layout.slots]
+    if layout.slots and [(t.name, t.shape, t.qtype, t.offset) for t in found.all_tensors] != wanted:
+        raise GGUFError(f"{path}: its header does not say where its tensors are", fix="report this: it is a bug")
+    if found.file_bytes != layout.total_bytes:
+        raise GGUFError(
+            f"{path}: another size than was written",
+            expected=f"{layout.total_bytes:,} bytes",
+            found=f"{found.file_bytes:,}",
+        )

@@ -179,7 +179,8 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
             what = error.what.replace(folder, checkpoint.repo_id)
             raise CheckpointError(what, expected=error.expected, found=error.found, fix=error.fix) from error
     return {
-        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name) for name, tensor in table.items()
+        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name, stamp=None)
+        for name, tensor in table.items()
     }
 
 

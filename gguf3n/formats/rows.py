@@ -24,7 +24,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from gguf3n.errors import CheckpointError, Gguf3nError
-from gguf3n.formats.byte_source import ByteSource
+from gguf3n.formats.byte_source import ByteSource, Stamp, stamp
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.offset_files import OffsetFiles
 
@@ -87,7 +87,8 @@ class Stored:
 
     Shapes: `shape` in numpy order; rows are those of all leading dimensions together, a vector is one row.
     Units: `offset` in bytes from the start of the file.
-    `dtype` is that of safetensors, or the name of a ggml type. `error` is raised where the file can't be read.
+    `dtype` is that of safetensors, or the name of a ggml type. `error` is raised where the file can't be read. `stamp`
+    is what the file had when its header was read.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Stored:
     file: Path | ByteSource
     offset: int
     error: type[Gguf3nError] = field(default=CheckpointError, compare=False)
+    stamp: Stamp | None = field(default=None, compare=False)
 
     @property
     def file_name(self) -> str:
@@ -281,6 +283,7 @@ class RowReader:
     def __init__(self, widen: Widen | None = None) -> None:
         self.widen: Widen = widen or widen_with_numpy
         self._files = OffsetFiles("r")
+        self._read_from: dict[Path, Stored] = {}
         self._local = threading.local()
         self._factors: OrderedDict[Stored, Values] = OrderedDict()
         self._lock = threading.Lock()
@@ -306,6 +309,7 @@ class RowReader:
         """The same into a buffer of the caller's, which holds whole rows."""
         offset = stored.offset + first * stored.row_bytes
         if isinstance(stored.file, Path):
+            self._read_from.setdefault(stored.file, stored)
             self._files.fill(stored.file, offset, out, tensor=stored.name, error=stored.error)
             return
         data = stored.file.read_at(offset, out.nbytes)
@@ -326,6 +330,20 @@ class RowReader:
             while len(self._factors) > FACTORS_KEPT:
                 self._factors.popitem(last=False)
         return values
+
+    def check_unchanged(self) -> None:
+        """See that every file that was read is still the one whose header was.
+
+        Raises: the error of `Stored` for one that was replaced or written while it was read.
+        """
+        for path, stored in self._read_from.items():
+            if stored.stamp is not None and (not path.exists() or stamp(path) != stored.stamp):
+                raise stored.error(
+                    f"{path}: changed while it was read",
+                    expected="the file whose header was read",
+                    found="one of another size, time or identity" if path.exists() else "none",
+                    fix="wait until it is complete, then run again",
+                )
 
     def close(self) -> None:
         self._files.close()

@@ -1,18 +1,38 @@
 """Every file that appears under a final name: it is there when it is complete, and not before.
 
-It grows under a temporary name beside its final one and is renamed at the end; whatever goes wrong before leaves
-nothing behind, and the file of that name, if there was one, as it was.
+It grows under a temporary name beside its final one. At the end the disk is told to keep it, then it gets its name,
+then the disk is told to keep the name. So whatever happens, a crash or a power cut, the name stands for the old file or
+for the whole new one, and once success has been said, for the new one. What goes wrong before leaves nothing behind.
+
+    new file          the rights that the user's mask gives
+    replaced file     the rights and, where that is allowed, the owner of the one before; a read-only one is refused
+    temporary name    .NAME.RANDOM.partial, shortened where NAME leaves no room; locked while it is written, so that
+                      what a killed run has left is told from another run's work, and removed by the next
+
+Source: "Files are hard", the notes on fsync and rename in the manual pages fsync(2) and rename(2).
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from gguf3n.errors import OutputError
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".partial"
+RANDOM_BYTES = 4
+MAX_NAME_BYTES = 255
+"""Of a file's name, on every common file system."""
 
 
 class WholeFile:
@@ -21,30 +41,32 @@ class WholeFile:
         with WholeFile(path) as file:
             file.write(data)
 
-    Leaving the block without an error commits. GGUFWriter, which writes at offsets from many threads, and programs that
-    write files by themselves do so under `temporary` and call `commit`.
+    Leaving the block without an error commits. GGUFWriter, which writes at offsets from many threads, does so under
+    `temporary` and calls `commit`.
 
     Args:
         force: replace a file that exists.
         n_bytes: what will be written, if it is known.
-        durable: wait until the disk has it before it gets its name, as for a file that replaces the only copy.
 
     Raises: OutputError.
     """
 
-    def __init__(self, path: Path, *, force: bool = False, n_bytes: int = 0, durable: bool = False) -> None:
+    def __init__(self, path: Path, *, force: bool = False, n_bytes: int = 0) -> None:
         check_output(path, force=force)
+        remove_stale(path)
         check_space(path, n_bytes)
         self.path = path
         self.force = force
-        self.durable = durable
         self.n_written = 0
         self._has_name = False
         try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            self.temporary = Path(name)
+            self._replaced = _rights(path)
+            self.temporary = path.with_name(_temporary_name(path.name))
+            mode = 0o666 if self._replaced is None else 0o600
+            descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
             try:
                 self._file = os.fdopen(descriptor, "wb")
+                _lock(self._file.fileno())
             except BaseException:
                 self.temporary.unlink()
                 raise
@@ -68,43 +90,118 @@ class WholeFile:
         except OSError as error:
             raise output_error(self.path, error) from error
 
-    def truncate(self, n_bytes: int) -> None:
-        """Give the file its length, with zeros after what was written."""
+    def extend(self, n_bytes: int) -> None:
+        """Give the file its length, with zeros after what was written, so that others can write at offsets."""
         try:
+            self._file.flush()
             self._file.truncate(n_bytes)
         except OSError as error:
             raise output_error(self.path, error) from error
 
-    def close(self) -> None:
-        """Write what is buffered, so that others can write at offsets."""
-        try:
-            self._file.close()
-        except OSError as error:
-            raise output_error(self.path, error) from error
-
     def commit(self) -> None:
-        """Give the complete file its final name, and the rights of any new file."""
-        self.close()
+        """Give the complete file its final name."""
         check_output(self.path, force=self.force)
         try:
-            if self.durable:
-                with open(self.temporary, "r+b") as file:
-                    os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            self.temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600
+            self._file.flush()
+            if self._replaced is not None:
+                _give_rights(self.temporary, self._replaced)
+            os.fsync(self._file.fileno())
+            self._file.close()
             os.replace(self.temporary, self.path)
             self._has_name = True
+            _sync_directory(self.path.parent)
         except OSError as error:
             raise output_error(self.path, error) from error
 
     def discard(self) -> None:
         """Remove the file, unless it has its final name."""
         try:
-            self.close()
+            self._file.close()
+        except OSError as error:
+            raise output_error(self.path, error) from error
         finally:
             if not self._has_name:
                 self.temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(name: str) -> str:
+    room = MAX_NAME_BYTES - len(f"..{'0' * 2 * RANDOM_BYTES}{SUFFIX}")
+    short = name.encode("utf-8", "surrogateescape")[:room].decode("utf-8", "ignore")
+    return f".{short}.{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}"
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what runs that were killed have left of this file; what another run is writing stays."""
+    pattern = re.compile(
+        re.escape(_temporary_name(path.name)[: -2 * RANDOM_BYTES - len(SUFFIX)]) + r"[0-9a-f]{8}\.partial"
+    )
+    for name in _names(path.parent):
+        stale = path.with_name(name)
+        if pattern.fullmatch(name) and not _is_locked(stale):
+            stale.unlink(missing_ok=True)
+            logger.warning("removed %s, which a run that was killed had left", stale)
+
+
+def _names(directory: Path) -> Iterator[str]:
+    try:
+        with os.scandir(directory) as entries:
+            yield from (entry.name for entry in entries)
+    except OSError:
+        return  # whoever writes there next says what is wrong
+
+
+def _lock(descriptor: int) -> None:
+    """Until the file is closed or the process ends. Why nothing on Windows: there an open file can't be removed."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):  # file systems without locks
+            raise
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a run that goes on is writing it; also where that can't be told."""
+    try:
+        with open(path, "rb") as file:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except (OSError, ImportError):
+        return True
+
+
+def _rights(path: Path) -> os.stat_result | None:
+    """Of the file that is to be replaced; None where there is none."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _give_rights(path: Path, rights: os.stat_result) -> None:
+    if hasattr(os, "chown"):
+        with suppress(PermissionError):  # only root gives files away
+            os.chown(path, rights.st_uid, rights.st_gid)
+    path.chmod(stat.S_IMODE(rights.st_mode))
+
+
+def _sync_directory(directory: Path) -> None:
+    """Why not on Windows: a directory can't be opened there, and a rename is kept by itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not know how
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: str | Path, data: bytes | str, *, force: bool) -> None:
@@ -120,6 +217,8 @@ def check_output(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} is a directory", expected="a file name", fix="name a file in it")
     if os.path.exists(path) and not force:
         raise OutputError(f"{path} exists already", fix="add --force to replace it or choose another name")
+    if os.path.exists(path) and not os.stat(path).st_mode & stat.S_IWUSR:
+        raise OutputError(f"{path} is read-only", fix="make it writable to replace it, or choose another name")
     if not os.path.isdir(path.parent):
         raise OutputError(f"{path}: there is no directory {path.parent}", fix="make it, or choose another place")
     if not os.access(path.parent, os.W_OK):

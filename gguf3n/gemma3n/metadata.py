@@ -34,8 +34,8 @@ U32, F32, BOOL, STRING, ARRAY, I32 = (
 )
 
 
-REPLACED_KEYS = re.compile(r"general\.(file_type|quantization_version)|split\..+|quantize\.imatrix\..+")
-"""Keys that say how a file is quantized or split: not taken over from a GGUF file that is a source."""
+REPLACED_KEYS = re.compile(r"general\.(alignment|file_type|quantization_version)|split\..+|quantize\.imatrix\..+")
+"""Keys that say how a file is laid out, quantized or split: not taken over from a GGUF file that is a source."""
 
 NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_label")
 """What the gguf package guesses from a directory's name; a Hub id says it better."""

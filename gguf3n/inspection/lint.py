@@ -1,7 +1,8 @@
 """What is wrong with a GGUF file of Gemma 3n: a table of checks, and the function that goes through it.
 
 Source: what llama.cpp demands is in ggml/src/gguf.cpp, src/llama-model-loader.cpp, src/llama-vocab.cpp and
-src/models/gemma3n.cpp; what Ollama's own engine reads, in model/models/gemma3n of its repository.
+src/models/gemma3n.cpp; what Ollama's own engine read before version 0.30, which
+runs llama.cpp, in model/models/gemma3n of its repository.
 """
 
 from __future__ import annotations
@@ -144,11 +145,11 @@ CHECKS: tuple[Check, ...] = (
            f"{REPAIR}, where the tensors tell the value", model.missing_keys),
     _model("assumed-key", W, "each engine takes a value of its own; llama.cpp a rope base of 10,000",
            f"{REPAIR}, where every Gemma 3n has the same value", model.assumed_keys),
-    _model("shared-kv-type", E, "Ollama's engine does not decode it; llama.cpp does not read it",
+    _model("shared-kv-type", W, "Ollama before 0.30 does not decode it; llama.cpp does not read it",
            REPAIR, model.shared_kv_type),
-    _model("mistyped-key", E, "llama.cpp refuses the type, or Ollama's engine reads another value",
+    _model("mistyped-key", E, "llama.cpp refuses the type, or Ollama before 0.30 reads another value",
            f"{REPAIR}, where the value fits", model.mistyped_keys),
-    _model("array-length", E, "llama.cpp refuses it or takes 0; Ollama's engine stops",
+    _model("array-length", E, "llama.cpp refuses it or takes 0; Ollama before 0.30 stops",
            f"{REPAIR}, where the tensors tell the value", model.array_lengths),
     _model("block-count", E, "llama.cpp misses tensors or finds too many",
            REPAIR, model.block_count),
@@ -170,7 +171,7 @@ CHECKS: tuple[Check, ...] = (
            AGAIN, model.float_tensors),
     _model("table-rows", E, "llama.cpp wants as many rows in both tables as there are tokens",
            f"{REPAIR} pads them", model.table_rows),
-    _model("ple-type", W, "Ollama's engine refuses it; on GPUs the CPU gathers its rows",
+    _model("ple-type", N, "on GPUs the CPU gathers its rows; Ollama before 0.30 refuses it",
            "quantize with --ple", model.ple_type),
     _model("file-type", W, "programs show, or choose by, a wrong name",
            REPAIR, model.file_type),
@@ -196,7 +197,7 @@ CHECKS: tuple[Check, ...] = (
            REPAIR, vocabulary.special_ids),
     _model("no-bos", W, "without the begin token Gemma writes nonsense",
            REPAIR, vocabulary.no_bos),
-    _model("two-bos", N, "llama.cpp drops one of the two; Ollama's engine and others keep both",
+    _model("two-bos", N, "llama.cpp drops one of the two; Ollama before 0.30 and other engines keep both",
            f"{REPAIR} --fix two-bos", vocabulary.two_bos),
     _model("space-prefix", E, "every text gets a space before it",
            REPAIR, vocabulary.space_prefix),

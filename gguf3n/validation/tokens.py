@@ -231,5 +231,5 @@ def _wrong_bos(n: int, adds_bos: bool) -> str:
         return f"a chat has {n} begin tokens in every engine"
     return (
         f"a chat has {n} begin tokens in llama.cpp, which drops one of the template's and adds its own, and {n + 1} in "
-        "engines that drop none, as Ollama's own"
+        "engines that drop none, as Ollama's before 0.30"
     )
