@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from gguf.constants import TokenType
 
 from gguf3n.gemma3n.source import Checkpoint
+from gguf3n.gemma3n.tokenizer import load_sentencepiece
 
 WHOLE = (TokenType.CONTROL, TokenType.UNKNOWN)
 
@@ -22,11 +23,8 @@ class SentencePieces:
     """
 
     def __init__(self, source: Checkpoint) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         self.vocabulary = source.vocabulary
-        self._processor = SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto((source.path / "tokenizer.model").read_bytes())
+        self._processor = load_sentencepiece(source.path / "tokenizer.model")
         n_pieces = self._processor.vocab_size()
         self._whole = {
             text: i
