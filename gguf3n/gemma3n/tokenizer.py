@@ -33,8 +33,8 @@ from gguf3n.gemma3n.gguf_package import silenced
 
 ADDED_SCORE = -1000.0
 UNUSED_SCORE = -10000.0
-MAX_GROWTH = 2
-"""Tokens for each piece: only those of the other modalities have none, 256 of 262,400 in the published sizes."""
+MAX_TOKENS_PER_PIECE = 4
+"""Only tokens of the other modalities have no piece, 256 of 262,400 in the published sizes."""
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 CONTROL_LOOKING = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>", re.DOTALL)
 """Added tokens that are control tokens although Gemma's files do not mark them as special."""
@@ -83,7 +83,7 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
         )
     if (largest := max(pieces.by_id, default=0)) >= config.vocab_size:
         raise _misfit(origin, config, f"a piece with id {largest:,}")
-    if config.vocab_size > MAX_GROWTH * len(pieces.by_id):
+    if config.vocab_size > MAX_TOKENS_PER_PIECE * len(pieces.by_id):
         raise _misfit(origin, config, f"{len(pieces.by_id):,} pieces")
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     scores = [UNUSED_SCORE] * config.vocab_size
