@@ -11,18 +11,7 @@ than 20 seconds, and those that want more than 768 MB.
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 from workshop import checkpoint_fuzzing, hostile
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("n_inputs", type=int)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    checkpoint_fuzzing.check(1 << 40)  # what is imported once, before processes are forked
-    found = hostile.run_all(checkpoint_fuzzing.check, options.first, options.n_inputs, processes=options.processes)
-    print(*found.lines(), sep="\n")
-    sys.exit(bool(found.kinds))
+    hostile.run_script(checkpoint_fuzzing.check, __doc__)

@@ -35,7 +35,7 @@ from gguf3n.engines.reference import HEAD_POSITIONS, Reference, check_device
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
-from gguf3n.formats.small_file import MAX_TEXT_BYTES, encodable, read_text
+from gguf3n.formats.small_file import MAX_TEXT_BYTES, read_text
 from gguf3n.gemma3n.source import Source, open_checkpoint
 from gguf3n.gemma3n.text import PER_LAYER_INP_GATE, written_order
 from gguf3n.progress import Meter, OnProgress
@@ -186,7 +186,7 @@ def measure_chunks(
             counts = {name: counts.get(name, 0) + n for name, n in heard.counts.items()}
             loss, n_scored, seen = loss + sum(chunk_loss), n_scored + len(chunk_loss), seen | {tokens[0], *chunk[1:]}
             yield Measurement(
-                datasets=tuple(encodable(str(path)) for path in texts),
+                datasets=tuple(map(str, texts)),
                 n_ctx=n_ctx,
                 n_vocab=reference.n_vocab,
                 first_chunk=first_chunk,

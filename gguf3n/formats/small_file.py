@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, SourceError, TokenizerError, shown
+from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, SourceError, TokenizerError
 
 MIB = 1 << 20
 
@@ -52,14 +51,6 @@ MORE_TEMPLATES = "additional_chat_templates"
 MAX_MORE_TEMPLATES = 64
 
 KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-
-LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Perhaps half a character; whether it is, only the parsed text says."""
-
-
-def encodable(text: str) -> str:
-    """A text that UTF-8 holds: what of a file's name does not is replaced."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def is_there(path: Path, error: type[Gguf3nError]) -> bool:
@@ -156,12 +147,8 @@ def _entries(directory: Path) -> list[Path]:
         raise _unreadable(directory, cause, TokenizerError) from cause
 
 
-def parse_json(data: bytes, name: str, error: type[Gguf3nError]) -> Any:
-    """The value that JSON means, its texts encodable. Raises: `error`.
-
-    Args:
-        name: the file, in messages.
-    """
+def check_containers(data: bytes, name: str, error: type[Gguf3nError]) -> None:
+    """Refuse JSON that would take much memory, before it is read. Raises: `error`."""
     n_containers = data.count(b"[") + data.count(b"{")
     if n_containers > MAX_JSON_CONTAINERS:
         raise error(
@@ -169,19 +156,19 @@ def parse_json(data: bytes, name: str, error: type[Gguf3nError]) -> Any:
             expected=f"at most {MAX_JSON_CONTAINERS:,}",
             found=f"{n_containers:,}",
         )
+
+
+def parse_json(data: bytes, name: str, error: type[Gguf3nError]) -> Any:
+    """The value that JSON means. Raises: `error`.
+
+    Args:
+        name: the file, in messages.
+    """
+    check_containers(data, name, error)
     try:
-        value = json.loads(data.decode("utf-8"))
-        if LONE_SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as cause:
-        raise error(
-            f"{name}: half a character in a text",
-            expected="characters that UTF-8 has",
-            found=shown(cause.object[cause.start]),
-        ) from cause
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as cause:
         raise error(f"{name}: not JSON that can be read", found=str(cause)) from cause
-    return value
 
 
 def _unreadable(path: Path, cause: OSError | ValueError, error: type[Gguf3nError]) -> Gguf3nError:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from gguf3n.errors import QuantizationError
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.imatrix import ImportanceMatrix
-from gguf3n.formats.small_file import encodable
 from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.part import Part
 
@@ -82,7 +81,7 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
 
 
 def _keys(imatrix: ImportanceMatrix) -> tuple[KeyValue, ...]:
-    keys = [KeyValue("quantize.imatrix.file", GGUFValueType.STRING, encodable(str(imatrix.path)))]
+    keys = [KeyValue("quantize.imatrix.file", GGUFValueType.STRING, str(imatrix.path))]
     if imatrix.datasets:
         keys.append(KeyValue("quantize.imatrix.dataset", GGUFValueType.STRING, imatrix.datasets[0]))
     keys.append(KeyValue("quantize.imatrix.entries_count", GGUFValueType.UINT32, len(imatrix.entries)))

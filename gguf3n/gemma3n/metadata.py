@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 from gguf3n.errors import ConfigError, shown
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_writer import pack_value
-from gguf3n.formats.small_file import CHECKPOINT_FILES, encodable, is_there, read_checkpoint_json, read_text
+from gguf3n.formats.small_file import CHECKPOINT_FILES, is_there, read_checkpoint_json, read_text
 from gguf3n.gemma3n.gguf_package import silenced
 from gguf3n.gemma3n.tokenizer import Vocabulary
 
@@ -103,10 +103,10 @@ def _check_front_matter(text: str) -> None:
 def _general_key(name: str, kind: GGUFValueType, value: Any, generation: Path) -> KeyValue:
     """A key of the gguf package, whose values are of whatever type YAML and JSON made them."""
     if kind is STRING:
-        return KeyValue(name, kind, encodable(str(value)))
+        return KeyValue(name, kind, str(value))
     if kind is ARRAY:  # tags and languages; YAML reads Norwegian as False
         items = [item for item in value if item is not None]
-        return KeyValue(name, kind, ["no" if item is False else encodable(str(item)) for item in items], STRING)
+        return KeyValue(name, kind, ["no" if item is False else str(item) for item in items], STRING)
     key = KeyValue(name, kind, value)
     try:
         pack_value(key)

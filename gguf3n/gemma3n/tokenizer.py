@@ -23,6 +23,7 @@ from gguf3n.formats.sentencepiece_file import check_sentencepiece
 from gguf3n.formats.small_file import (
     CHECKPOINT_FILES,
     check_checkpoint_files,
+    check_containers,
     is_there,
     read_checkpoint_file,
     read_checkpoint_json,
@@ -219,6 +220,9 @@ def _special(
     import gguf
 
     check_checkpoint_files(directory)
+    for path in (directory / "tokenizer.json", directory / "tokenizer_config.json"):  # the package reads them itself
+        if is_there(path, TokenizerError):
+            check_containers(read_checkpoint_file(path), str(path), TokenizerError)
     try:
         with silenced():
             special = gguf.SpecialVocab(directory, n_vocab=config.vocab_size)

@@ -1,4 +1,4 @@
-"""Broken checkpoints, and what must hold for each: a plan and a file, or one error of ours, soon and in little memory."""
+"""Broken checkpoints, and what must hold for each: a plan and a file, or one error of ours, soon, in little memory."""
 
 from __future__ import annotations
 

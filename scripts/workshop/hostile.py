@@ -5,6 +5,7 @@ An input is made from its number alone, so what fails can be made again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import random
@@ -24,6 +25,8 @@ MAX_BYTES = 768 << 20
 """Of address space beyond what the packages take when they are loaded."""
 BATCH = 250
 """Inputs that a process sees before the next one is started."""
+LOADING = 20
+"""Inputs before processes are forked, so that what they share is imported once. One that fails shows its traceback."""
 SHOWN_LINES = 3
 
 BIG_NUMBER = "a number of 5,000 digits"
@@ -210,3 +213,17 @@ def describe(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/gguf3n/" in frame.filename]
     places = [f"{frame.filename.rpartition('/gguf3n/')[2]}:{frame.lineno}" for frame in frames[-SHOWN_LINES:]]
     return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''} at {' > '.join(places)}"
+
+
+def run_script(check: Callable[[int], str], description: str) -> None:
+    """A fuzzer's command line: check so many inputs, print what was found, exit with 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n_inputs", type=int)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    for number in range(LOADING):
+        check(number)
+    found = run_all(check, options.first, options.n_inputs, processes=options.processes)
+    print(*found.lines(), sep="\n")
+    sys.exit(bool(found.kinds))
