@@ -17,7 +17,7 @@ from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, SourceError
 
 MIB = 1 << 20
 
-MAX_RECIPE_BYTES = MIB // 4
+MAX_RECIPE_BYTES = MIB // 16
 """The largest preset has 4 KB; one extracted from a file has a rule for each of its mixtures."""
 MAX_TEXT_BYTES = 256 * MIB
 """Of texts to measure on or to compare with; calibration texts have a few megabytes."""
