@@ -1,8 +1,20 @@
-"""`python -m gguf3n` is the command `gguf3n`."""
+"""`python -m gguf3n` and the command `gguf3n`: an interrupt is one line, from the first import on."""
 
 from __future__ import annotations
 
-from gguf3n.cli import main
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from gguf3n.cli import main as run
+
+        run()
+    except KeyboardInterrupt:  # while modules are imported, or while an error is printed
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,20 @@ A message has up to four parts: what is wrong and where, what was expected, what
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+SHOWN = 80
+"""Characters of a value in a message."""
+
+
+def shown(value: Any) -> str:
+    """A value from a file, on one short line, whatever it is."""
+    try:
+        return json.dumps(value)[:SHOWN]
+    except (TypeError, ValueError, RecursionError):  # no JSON, too many digits, too deep
+        return type(value).__name__
+
 
 class Gguf3nError(Exception):
     """An error with a cause that a user can act on.

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -59,13 +59,19 @@ COMMANDS: Mapping[str, Command] = {
 """Every command, in the order of the help. The modules are imported when a command is run, not to be listed."""
 
 
-def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+DEBUG = "GGUF3N_DEBUG"
+"""The variable of the environment with which an unexpected error shows its traceback."""
+MAX_FOUND = 400
+"""Characters of an unexpected error's own words."""
+
+
+def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
     """Makes Ctrl-C an error of ours wherever it comes; typer's own answer is silent and differs between versions."""
 
     @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> None:
+    def run(*args: Any, **options: Any) -> Any:
         try:
-            command(*args, **options)
+            return command(*args, **options)
         except KeyboardInterrupt:
             raise Interrupted("interrupted") from None
 
@@ -87,7 +93,7 @@ class _OnDemand(Mapping[str, Any]):
     """The commands, each loaded when it is asked for: `inspect` must not wait for what `validate` imports."""
 
     def __getitem__(self, name: str) -> Any:
-        return _loaded(name)
+        return _interruptible(_loaded)(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)
@@ -149,10 +155,39 @@ def main() -> None:
     try:
         app()
     except Gguf3nError as error:
-        print_error(error, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
+        _leave(error)
+    except KeyboardInterrupt:
+        _leave(Interrupted("interrupted"))
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            import traceback
+
+            traceback.print_exc()
+        _leave(_unexpected(error))
     finally:
         _flush()
+
+
+def _unexpected(error: Exception) -> Gguf3nError:
+    """What no code of ours has foreseen, as an error of ours: the machine's where it is that, else one to report."""
+    command = " ".join(["gguf3n", *(word for word in sys.argv[1:2] if word in COMMANDS)])
+    found = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_FOUND]
+    if isinstance(error, MemoryError):
+        return Gguf3nError(f"{command}: out of memory", found=found, fix="close other programs, or use another machine")
+    if isinstance(error, OSError) and error.errno is not None:
+        fix = f"look at the disk and at the limits of the system; {DEBUG}=1 shows where it happened"
+        return Gguf3nError(f"{command}: the system refused something", found=found, fix=fix)
+    fix = f"please report it, with the whole command and what it prints when {DEBUG}=1 is set"
+    return Gguf3nError(f"{command}: unexpected, which is a fault of gguf3n", found=found, fix=fix)
+
+
+def _leave(error: Gguf3nError) -> NoReturn:
+    """Print an error and exit, even where nothing more can be loaded to print it with."""
+    try:
+        print_error(error, as_json="--json" in sys.argv)
+    except Exception:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _flush() -> None:

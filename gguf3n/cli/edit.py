@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from gguf3n.cli.paint import cut, line_width, paint
 from gguf3n.cli.repair import HOW, WOULD
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.gguf_reader import open_part
+from gguf3n.formats.small_file import MAX_OPERATIONS_BYTES, MAX_VALUE_BYTES, parse_json, read_small, read_text
 from gguf3n.formats.whole_file import write_whole
 from gguf3n.inspection.edit import Edit, guessed_type, parse_value, type_of
 from gguf3n.inspection.edit import edit as run_edit
@@ -59,7 +61,7 @@ def edit(
         operations.append(_set(f"{Keys.Tokenizer.CHAT_TEMPLATE}:string", _read(chat_template), types))
     if not operations:
         raise UsageError("nothing to change", fix="give --set, --unset, --rename, --chat-template or --apply")
-    if undo_file is not None and undo_file.exists():
+    if undo_file is not None and os.path.exists(undo_file):
         raise OutputError(f"{undo_file} exists already", fix="choose another name for --undo-file")
     result = run_edit(file, operations, output=output, dry_run=True)
     if not dry_run:
@@ -91,19 +93,11 @@ def _set(name: str, text: str, types: dict[str, str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read", found=error.strerror) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8", found=str(error)) from error
+    return read_text(path, MAX_VALUE_BYTES, UsageError)
 
 
 def _read_operations(path: Path) -> list[dict[str, Any]]:
-    try:
-        operations = json_format.loads(_read(path))
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON", found=str(error)) from error
+    operations = parse_json(read_small(path, MAX_OPERATIONS_BYTES, UsageError), str(path), UsageError)
     if not isinstance(operations, list) or not all(isinstance(operation, dict) for operation in operations):
         raise UsageError(f"{path}: not a list of operations")
     return operations

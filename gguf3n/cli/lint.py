@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +39,7 @@ def lint(
         return
     if file is None:
         raise UsageError("no file", expected="a GGUF file, or --checks")
-    source = file if "://" in file or not Path(file).exists() else Path(file)
+    source = file if "://" in file or not os.path.exists(file) else Path(file)
     with progress_bar(quiet=quiet or not deep) as progress:
         report = run_lint(source, with_data=deep, progress=progress)
     failed = report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0)

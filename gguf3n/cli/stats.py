@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def stats(
         raise UsageError("--activation-max is a magnitude", expected="a number above 0", found=f"{activation_max:g}")
     if plot is not None:
         check_plot(plot, force=force)
-    if against is not None and not Path(source).is_file():
+    if against is not None and not os.path.isfile(source):
         raise UsageError("--against holds a GGUF file against its source", expected="a local GGUF file", found=source)
     with progress_bar(quiet=quiet) as progress:
         result = measure_statistics(

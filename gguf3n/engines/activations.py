@@ -35,6 +35,7 @@ from gguf3n.engines.reference import HEAD_POSITIONS, Reference, check_device
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
+from gguf3n.formats.small_file import MAX_TEXT_BYTES, read_text
 from gguf3n.gemma3n.source import Source, open_checkpoint
 from gguf3n.gemma3n.text import PER_LAYER_INP_GATE, written_order
 from gguf3n.progress import Meter, OnProgress
@@ -200,15 +201,9 @@ def measure_chunks(
 
 def read_texts(texts: Sequence[str | Path]) -> str:
     """Files as one text, each without the line feed at its end. Source: `-f` of llama.cpp (common/arg.cpp)."""
-    parts = []
-    for path in map(Path, texts):
-        try:
-            parts.append(path.read_bytes().decode("utf-8").removesuffix("\n"))
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{path}: not a text", expected="UTF-8", found=f"byte {error.start:,} is not") from error
-    return "\n".join(parts)
+    return "\n".join(
+        read_text(Path(path), MAX_TEXT_BYTES, SourceError, line_ends=False).removesuffix("\n") for path in texts
+    )
 
 
 class _Sums:

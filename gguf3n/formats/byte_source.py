@@ -36,7 +36,7 @@ def is_remote(source: str | Path) -> bool:
     from gguf3n.formats.hub import is_repo_id
 
     repo_id, _, file = source.partition(":")
-    return not Path(source).exists() and is_repo_id(repo_id) and (bool(file) or not source.endswith(".gguf"))
+    return not os.path.exists(source) and is_repo_id(repo_id) and (bool(file) or not source.endswith(".gguf"))
 
 
 Stamp: TypeAlias = tuple[int, int, int, int]

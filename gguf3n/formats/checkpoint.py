@@ -11,19 +11,22 @@ Source: the format section of the safetensors README.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gguf3n.errors import CheckpointError, SourceError
+from gguf3n.errors import CheckpointError, SourceError, shown
 from gguf3n.formats.byte_source import stamp
 from gguf3n.formats.rows import DTYPE_BYTES, FLOAT_DTYPES, Stored
+from gguf3n.formats.small_file import check_small, is_there, parse_json, read_checkpoint_json
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
+MAX_HEADER_BYTES = 1 << 24
+"""Gemma 3n's have a hundredth of it. The safetensors library itself allows six times as much, which is a gigabyte of
+Python's objects."""
+MAX_TENSORS = 1 << 16
+"""Of a checkpoint, as of a GGUF file; Gemma 3n has less than two thousand."""
 
 MAX_DIMENSIONS = 16
 MAX_SIZE = 1 << 63
@@ -52,6 +55,8 @@ def read_tensor_table(directory: Path) -> dict[str, Stored]:
     """
     table: dict[str, Stored] = {}
     for path in _shards(directory):
+        if len(table) > MAX_TENSORS:
+            raise _too_many(path, len(table))
         for tensor in read_header(path):
             if tensor.name in table:
                 raise CheckpointError(
@@ -71,7 +76,7 @@ def read_header(path: Path) -> list[Stored]:
     """
     try:
         seen = stamp(path)
-        file_bytes = path.stat().st_size
+        file_bytes = check_small(path, MAX_SIZE, CheckpointError)
         with open(path, "rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -87,15 +92,12 @@ def read_header(path: Path) -> list[Stored]:
             raw = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the header is not JSON", found=str(error), fix="download the file again"
-        ) from error
+    header = parse_json(raw, f"{path}: the header", CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object", found=type(header).__name__)
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _too_many(path, len(header))
     data_start = 8 + header_bytes
     tensors = [replace(_tensor(path, name, entry, data_start), stamp=seen) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.stored_bytes))
@@ -128,7 +130,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Stored:
         raise CheckpointError(
             f"{path}: the header entry of tensor {name!r} is malformed",
             expected="dtype, shape and data_offsets",
-            found=json.dumps(entry)[:80],
+            found=shown(entry),
         )
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(
@@ -144,6 +146,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Stored:
     return tensor
 
 
+def _too_many(path: Path, n_tensors: int) -> CheckpointError:
+    return CheckpointError(f"{path}: too many tensors", expected=f"at most {MAX_TENSORS:,}", found=f"{n_tensors:,}")
+
+
 def _truncated(path: Path, expected: str, file_bytes: int) -> CheckpointError:
     return CheckpointError(
         f"{path}: truncated", expected=expected, found=f"{file_bytes:,} bytes", fix="download the file again"
@@ -152,13 +158,13 @@ def _truncated(path: Path, expected: str, file_bytes: int) -> CheckpointError:
 
 def _shards(directory: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint; one whole file goes before an index, as in transformers."""
-    if (directory / SINGLE).is_file():
+    if is_there(directory / SINGLE, CheckpointError):
         return [directory / SINGLE]
     index = directory / INDEX
-    if index.exists():
+    if is_there(index, CheckpointError):
         names = sorted(set(weight_map(index).values()))
         for name in names:
-            if not (directory / name).is_file():
+            if not is_there(directory / name, CheckpointError):
                 raise CheckpointError(
                     f"{directory / name}: missing",
                     expected=f"the {len(names)} shards that {INDEX} names",
@@ -211,15 +217,10 @@ def _not_a_checkpoint(directory: Path) -> SourceError:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard, from an index file. Raises: CheckpointError."""
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        sane = all(isinstance(name, str) and Path(name).name == name for name in shards.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: cannot be read",
-            expected='a JSON object with "weight_map"',
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+    shards = read_checkpoint_json(index).get("weight_map")
+    sane = isinstance(shards, dict) and all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    )
     if not sane or not shards:
         raise CheckpointError(f"{index}: the weight map is unusable", expected="tensor names -> file names beside it")
     return dict(shards)
@@ -227,7 +228,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def _check_index(directory: Path, table: dict[str, Stored]) -> None:
     index = directory / INDEX
-    if (directory / SINGLE).is_file() or not index.exists():
+    if is_there(directory / SINGLE, CheckpointError) or not is_there(index, CheckpointError):
         return
     for name, shard in weight_map(index).items():
         if name not in table or Path(table[name].file_name).name != shard:

@@ -25,6 +25,7 @@ from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC, GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor, open_gguf
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
+from gguf3n.formats.small_file import MAX_IMATRIX_BYTES, check_small
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -145,6 +146,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     Raises: GGUFError for a file that is neither, is truncated, or holds values that no activations can give.
     """
     path = Path(path)
+    check_small(path, MAX_IMATRIX_BYTES, GGUFError)
     try:
         with open(path, "rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC

@@ -8,13 +8,13 @@ Source: Gemma3nTextConfig in transformers (models/gemma3n/configuration_gemma3n.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf3n.errors import ConfigError, SourceError
+from gguf3n.errors import ConfigError, SourceError, shown
+from gguf3n.formats.small_file import is_there, read_checkpoint_json
 
 MODEL_TYPES = ("gemma3n", "gemma3n_text")
 
@@ -36,9 +36,11 @@ LLAMA_CPP_FIXED: tuple[tuple[str, int], ...] = (
 
 MAX_INT = 2**31 - 1
 MAX_FLOAT = 3.4e38
-"""What the int32 and float32 of GGUF keys hold."""
+"""What the int32 and float32 of GGUF keys hold. Sizes are held against the tensors (see mapping.py)."""
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp."""
+MAX_ALTUP_INPUTS = 64
+"""Every published size has 4, which llama.cpp has built in; each is a matrix of its own."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ def _n_layers(value: Any, config: dict[str, Any]) -> int:
     return int(value)
 
 
+def _n_altup_inputs(value: Any, config: dict[str, Any]) -> int:
+    if _positive_int(value, config) > MAX_ALTUP_INPUTS:
+        raise ValueError
+    return int(value)
+
+
 def _positive_float(value: Any, _: dict[str, Any]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
         raise ValueError
@@ -166,7 +174,7 @@ FIELDS: tuple[Field, ...] = (
     Field("head_dim", _positive_int, "a width"),
     Field("intermediate_size", _ffn_widths, "a width, or a list with one for each layer"),
     Field("laurel_rank", _positive_int, "a rank"),
-    Field("altup_num_inputs", _positive_int, "a number of inputs"),
+    Field("altup_num_inputs", _n_altup_inputs, f"a number of inputs, at most {MAX_ALTUP_INPUTS}"),
     Field("altup_active_idx", _count, "the index of an AltUp input"),
     Field("num_kv_shared_layers", _count, "a number of layers"),
     Field("sliding_window", _positive_int, "a number of tokens"),
@@ -180,25 +188,12 @@ FIELDS: tuple[Field, ...] = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: ConfigError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON", found=str(error)) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object", found=type(value).__name__)
-    return value
-
-
 def load_config(directory: Path) -> dict[str, Any]:
     """The content of `config.json`. Raises: SourceError where there is none; ConfigError."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_there(path, ConfigError):
         raise SourceError(f"{path}: missing", expected="the directory of a Hugging Face checkpoint of Gemma 3n")
-    return read_json(path)
+    return read_checkpoint_json(path)
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> Config:
@@ -214,7 +209,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> Config:
         raise ConfigError(
             f"{path}: not a Gemma 3n",
             expected=f"model_type {' or '.join(MODEL_TYPES)}",
-            found=f"model_type {model_type}",
+            found=f"model_type {shown(model_type)}",
         )
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
@@ -244,7 +239,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> Config:
             raise ConfigError(
                 f"{path}: {field.name} is impossible",
                 expected=field.expected,
-                found=json.dumps(values[field.name])[:80],
+                found=shown(values[field.name]),
             ) from None
     config = Config(**parsed)
     _check_together(config, path)
@@ -267,7 +262,7 @@ def _rope_bases(text: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: rope scaling is not supported for Gemma 3n",
             expected="none, as in every published Gemma 3n",
-            found=json.dumps(scaling)[:80],
+            found=shown(scaling),
         )
     return bases
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_VERSION, Keys, LlamaFileType
 
-from gguf3n.errors import ConfigError
+from gguf3n.errors import ConfigError, shown
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_writer import pack_value
-from gguf3n.gemma3n.config import read_json
+from gguf3n.formats.small_file import CHECKPOINT_FILES, is_there, read_checkpoint_json, read_text
 from gguf3n.gemma3n.gguf_package import silenced
 from gguf3n.gemma3n.tokenizer import Vocabulary
 
@@ -36,6 +36,9 @@ U32, F32, BOOL, STRING, ARRAY, I32 = (
 
 REPLACED_KEYS = re.compile(r"general\.(alignment|file_type|quantization_version)|split\..+|quantize\.imatrix\..+")
 """Keys that say how a file is laid out, quantized or split: not taken over from a GGUF file that is a source."""
+
+MAX_FRONT_MATTER = 1 << 17
+"""Characters; Gemma's has a thousand. YAML is read by Python, a megabyte in some seconds."""
 
 NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_label")
 """What the gguf package guesses from a directory's name; a Hub id says it better."""
@@ -54,10 +57,12 @@ def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int
     import gguf
 
     directory = Path(os.path.abspath(directory))  # its name is the model's, and "." has none
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        read_json(generation)
+    generation, card = directory / "generation_config.json", directory / "README.md"
+    if is_there(generation, ConfigError):
+        read_checkpoint_json(generation)
     try:
+        if is_there(card, ConfigError):
+            _check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
         if repo_id is not None:
@@ -69,13 +74,30 @@ def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int
         writer = gguf.GGUFWriter(None, arch)
         writer.add_type(gguf.GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)
-    except Exception as error:
+        return [_general_key(name, value.type, value.value, generation) for name, value in writer.kv_data[0].items()]
+    except ConfigError:
+        raise
+    except Exception as error:  # of the package's readers, which trust what YAML makes of a text
         raise ConfigError(
-            f"{directory / 'README.md'}: the model card can't be read",
+            f"{card}: the model card can't be read",
             found=f"{type(error).__name__}: {error}".partition("\n")[0],
             fix="correct the front matter, or remove the file",
         ) from error
-    return [_general_key(name, value.type, value.value, generation) for name, value in writer.kv_data[0].items()]
+
+
+def _check_front_matter(text: str) -> None:
+    """Refuse what YAML would make too much of. Raises: ValueError, yaml.YAMLError."""
+    import yaml
+
+    lines = text.splitlines()
+    if lines[:1] != ["---"]:
+        return
+    end = lines.index("---", 1) if "---" in lines[1:] else len(lines)
+    front = "\n".join(lines[1:end])
+    if len(front) > MAX_FRONT_MATTER:
+        raise ValueError(f"front matter of {len(front):,} characters, more than {MAX_FRONT_MATTER:,}")
+    if "*" in front and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front.replace("\t", "  "))):
+        raise ValueError("an alias in the front matter, which may stand for any amount of text")
 
 
 def _general_key(name: str, kind: GGUFValueType, value: Any, generation: Path) -> KeyValue:
@@ -92,7 +114,7 @@ def _general_key(name: str, kind: GGUFValueType, value: Any, generation: Path) -
         raise ConfigError(
             f"{generation}: {name.rpartition('.')[2]} is impossible",
             expected=kind.name.lower(),
-            found=repr(value)[:80],
+            found=shown(value),
         ) from error
     return key
 

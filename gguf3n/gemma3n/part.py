@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from gguf.constants import Keys
 
 from gguf3n.errors import MappingError, SourceError
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import KeyValue
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile
+from gguf3n.formats.rows import SourceTensor
 from gguf3n.gemma3n import text
 from gguf3n.gemma3n.mapping import MappedTensor, map_tensors
 from gguf3n.gemma3n.metadata import REPLACED_KEYS, general_keys, tokenizer_keys
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
+
+READABLE = frozenset(qtype.name for qtype in GGML_TYPES)
+"""Types of tensors that weights are read from."""
 
 
 class PartKind(enum.Enum):
@@ -98,6 +103,7 @@ def _of_gguf(source: GGUFSource) -> Part:
             raise MappingError(
                 f"{source.origin}: tensor {name!r} is missing", expected=f"it, in a model of {n_layers} layers"
             )
+        _check_readable(tensor)
         evaluated = text.is_evaluated(rule, bid, n_kv_layers)
         tensors.append(MappedTensor(name, tensor.shape, rule.storage, bid, tensor.rows, evaluated))
     if left:
@@ -111,6 +117,18 @@ def _of_gguf(source: GGUFSource) -> Part:
         if not REPLACED_KEYS.fullmatch(key.name)
     )
     return Part(PartKind.TEXT, source, keys, tuple(tensors), source.notices)
+
+
+def _check_readable(tensor: SourceTensor) -> None:
+    """Refuse a tensor that has no weights, or none that can be widened. Raises: MappingError."""
+    if 0 in tensor.shape:
+        raise MappingError(f"{tensor.origin} is empty", expected="weights", found=str(list(tensor.shape)))
+    if unknown := tensor.dtypes.difference(READABLE):
+        raise MappingError(
+            f"{tensor.origin} has a type that weights can't be read from",
+            expected=", ".join(sorted(READABLE)),
+            found=", ".join(unknown),
+        )
 
 
 def _number(gguf: GGUFFile, key: str) -> int:

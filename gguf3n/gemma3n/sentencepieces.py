@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 from gguf.constants import TokenType
 
+from gguf3n.errors import TokenizerError
 from gguf3n.gemma3n.source import Checkpoint
+from gguf3n.gemma3n.tokenizer import load_sentencepiece
 
 WHOLE = (TokenType.CONTROL, TokenType.UNKNOWN)
 
@@ -22,11 +24,8 @@ class SentencePieces:
     """
 
     def __init__(self, source: Checkpoint) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         self.vocabulary = source.vocabulary
-        self._processor = SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto((source.path / "tokenizer.model").read_bytes())
+        self._processor = load_sentencepiece(source.path / "tokenizer.model")
         n_pieces = self._processor.vocab_size()
         self._whole = {
             text: i
@@ -48,10 +47,18 @@ class SentencePieces:
             else:
                 ids += self._processor.EncodeAsIds(part)
         if add_special and self.vocabulary.add_tokens.get("bos", True):
-            ids.insert(0, self.vocabulary.special_ids["bos"])
+            ids.insert(0, self._special_id("bos"))
         if add_special and self.vocabulary.add_tokens.get("eos", False):
-            ids.append(self.vocabulary.special_ids["eos"])
+            ids.append(self._special_id("eos"))
         return ids
+
+    def _special_id(self, role: str) -> int:
+        if role not in self.vocabulary.special_ids:
+            raise TokenizerError(
+                f"{self.vocabulary.origin}: no piece with the role of {role}, which the tokenizer adds",
+                expected="begin and end tokens, as in any Gemma",
+            )
+        return self.vocabulary.special_ids[role]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -18,12 +18,24 @@ from typing import Any
 
 from gguf.constants import TokenType
 
-from gguf3n.errors import ConfigError, TokenizerError
-from gguf3n.gemma3n.config import Config, read_json
+from gguf3n.errors import TokenizerError
+from gguf3n.formats.sentencepiece_file import check_sentencepiece
+from gguf3n.formats.small_file import (
+    CHECKPOINT_FILES,
+    check_checkpoint_files,
+    check_containers,
+    is_there,
+    read_checkpoint_file,
+    read_checkpoint_json,
+    read_text,
+)
+from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.gguf_package import silenced
 
 ADDED_SCORE = -1000.0
 UNUSED_SCORE = -10000.0
+MAX_TOKENS_PER_PIECE = 4
+"""Only tokens of the other modalities have no piece, 256 of 262,400 in the published sizes."""
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 CONTROL_LOOKING = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>", re.DOTALL)
 """Added tokens that are control tokens although Gemma's files do not mark them as special."""
@@ -60,21 +72,23 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     Raises: TokenizerError where there is none, where a file is broken, or where it does not fit the config.
     """
     spm_path, json_path = directory / "tokenizer.model", directory / "tokenizer.json"
-    if spm_path.is_file():
+    if is_there(spm_path, TokenizerError):
         origin, pieces = spm_path, _from_sentencepiece(spm_path)
-    elif json_path.is_file():
-        origin, pieces = json_path, _from_tokenizer_json(json_path, _read(json_path))
+    elif is_there(json_path, TokenizerError):
+        origin, pieces = json_path, _from_tokenizer_json(json_path, read_checkpoint_json(json_path))
     else:
         raise TokenizerError(
             f"{directory}: no tokenizer",
             expected="tokenizer.model or tokenizer.json",
             fix="copy the tokenizer files of the base model into the checkpoint",
         )
+    if (largest := max(pieces.by_id, default=0)) >= config.vocab_size:
+        raise _misfit(origin, config, f"a piece with id {largest:,}")
+    if config.vocab_size > MAX_TOKENS_PER_PIECE * len(pieces.by_id):
+        raise _misfit(origin, config, f"{len(pieces.by_id):,} pieces")
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     scores = [UNUSED_SCORE] * config.vocab_size
     types = [TokenType.UNUSED] * config.vocab_size
-    if (largest := max(pieces.by_id)) >= config.vocab_size:
-        raise _misfit(origin, config, f"a piece with id {largest:,}")
     for i, (token, score, kind) in pieces.by_id.items():
         tokens[i], scores[i], types[i] = token, score, kind
     for token_id, text, special in _added_tokens(directory):
@@ -100,23 +114,24 @@ def _misfit(path: Path, config: Config, found: str) -> TokenizerError:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ConfigError as error:
-        raise TokenizerError(error.what, expected="a JSON object", found=error.found) from error
-
-
-def _from_sentencepiece(path: Path) -> _Pieces:
+def load_sentencepiece(path: Path) -> Any:
+    """sentencepiece's own reading of a tokenizer.model, once it is known to be one. Raises: TokenizerError."""
     from sentencepiece import SentencePieceProcessor
 
+    data = read_checkpoint_file(path)
+    check_sentencepiece(data, path)
     processor = SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
+        processor.LoadFromSerializedProto(data)
     except (OSError, RuntimeError) as error:
         raise TokenizerError(
             f"{path}: not a sentencepiece model", found=str(error).partition("\n")[0], fix="download the file again"
         ) from error
+    return processor
+
+
+def _from_sentencepiece(path: Path) -> _Pieces:
+    processor = load_sentencepiece(path)
     ids = list(range(processor.vocab_size()))
     types = [TokenType.NORMAL] * len(ids)
     for kind, is_kind in (
@@ -180,15 +195,15 @@ def _added_tokens(directory: Path) -> list[tuple[int, str, bool]]:
     added: list[tuple[int, str, bool]] = []
     path = directory / "added_tokens.json"
     try:
-        if path.is_file():
-            added += [(int(i), text, False) for text, i in _read(path).items()]
+        if is_there(path, TokenizerError):
+            added += [(int(i), text, False) for text, i in read_checkpoint_json(path).items()]
         path = directory / "tokenizer_config.json"
-        decoder = _read(path).get("added_tokens_decoder") if path.is_file() else None
+        decoder = read_checkpoint_json(path).get("added_tokens_decoder") if is_there(path, TokenizerError) else None
         if decoder:
             entries = [(int(i), entry) for i, entry in decoder.items()]
         else:
             path = directory / "tokenizer.json"
-            listed = _read(path).get("added_tokens", []) if path.is_file() else []
+            listed = read_checkpoint_json(path).get("added_tokens", []) if is_there(path, TokenizerError) else []
             entries = [(int(entry["id"]), entry) for entry in listed]
         added += [(i, str(entry["content"]), bool(entry.get("special"))) for i, entry in entries]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -204,6 +219,10 @@ def _special(
     """Special ids, what the tokenizer adds, chat templates."""
     import gguf
 
+    check_checkpoint_files(directory)
+    for path in (directory / "tokenizer.json", directory / "tokenizer_config.json"):  # the package reads them itself
+        if is_there(path, TokenizerError):
+            check_containers(read_checkpoint_file(path), str(path), TokenizerError)
     try:
         with silenced():
             special = gguf.SpecialVocab(directory, n_vocab=config.vocab_size)
@@ -224,7 +243,7 @@ def _special(
 def _template_file(directory: Path) -> str | None:
     """A chat template in a file of its own, which SpecialVocab looks for only beside a tokenizer_config.json."""
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if is_there(path, TokenizerError):
+        return read_text(path, *CHECKPOINT_FILES[path.name])
     path = directory / "chat_template.json"
-    return _read(path).get("chat_template") if path.is_file() else None
+    return read_checkpoint_json(path).get("chat_template") if is_there(path, TokenizerError) else None

@@ -11,7 +11,6 @@ An array's type is written `string[]`, its value as a list. Undoing gives the ve
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf3n.errors import UsageError
+from gguf3n.errors import UsageError, shown
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFKey, open_part
@@ -92,7 +91,7 @@ def _apply(draft: Draft, operation: Operation) -> tuple[str, dict[str, Any]]:
     if op == "restore":
         try:
             packed = base64.b64decode(_field(operation, "packed", str), validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise UsageError(f"restore {name}: not base64", found=str(error)) from error
         draft.put(name, packed, _field(operation, "index", int))
         return f"restore {name}", before or {"op": "unset", "key": name}
@@ -108,9 +107,7 @@ def _packed(name: str, index: int, packed: bytes) -> dict[str, Any]:
 def _field(operation: Operation, name: str, kind: type) -> Any:
     value = operation.get(name)
     if type(value) is not kind or (value == "" and name == "key"):
-        raise UsageError(
-            f"an operation without {name!r}", expected=kind.__name__, found=json.dumps(dict(operation))[:80]
-        )
+        raise UsageError(f"an operation without {name!r}", expected=kind.__name__, found=shown(dict(operation)))
     return value
 
 
@@ -148,7 +145,7 @@ def parse_value(text: str, kind: str | None) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         if kind is None:
             return text
         raise UsageError(f"not a {kind}", found=text[:80], expected="JSON: 15, 1.5, true, [1, 2]") from None
@@ -162,7 +159,7 @@ def make_key(name: str, kind: str, value: Any) -> KeyValue:
     if not kind.endswith("[]"):
         return KeyValue(name, TYPES[bare], _scalar(name, bare, value))
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UsageError(f"{name}: not a list", expected=kind, found=json.dumps(value)[:80])
+        raise UsageError(f"{name}: not a list", expected=kind, found=shown(value))
     return KeyValue(name, GGUFValueType.ARRAY, [_scalar(name, bare, item) for item in value], TYPES[bare])
 
 
@@ -176,9 +173,12 @@ def _scalar(name: str, kind: str, value: Any) -> Scalar:
         bits = np.iinfo(kind)
         right = type(value) is int and int(bits.min) <= value <= int(bits.max)
     else:
-        right = type(value) in (int, float) and (not math.isfinite(value) or abs(value) <= float(np.finfo(kind).max))
+        largest = float(np.finfo(kind).max)
+        right = type(value) in (int, float) and (
+            abs(value) <= largest or value in (math.inf, -math.inf) or value != value
+        )
         value = float(value) if right else value
     if not right:
-        raise UsageError(f"{name}: not a {kind}", found=json.dumps(value)[:80])
+        raise UsageError(f"{name}: not a {kind}", found=shown(value))
     result: Scalar = value
     return result

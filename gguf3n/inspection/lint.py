@@ -8,6 +8,7 @@ runs llama.cpp, in model/models/gemma3n of its repository.
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -232,7 +233,7 @@ def lint(source: str | Path | GGUFFile, *, with_data: bool = False, progress: On
     try:
         gguf = open_gguf(source, strict=False)
     except GGUFError as error:
-        if not is_remote(source) and not Path(source).is_file():
+        if not is_remote(source) and not os.path.isfile(source):
             raise
         return unreadable(str(source), error)
     return lint_file(gguf, with_data=with_data, progress=progress)

@@ -14,7 +14,9 @@ from gguf.constants import GGMLQuantizationType as QType
 
 from gguf3n.errors import UsageError
 from gguf3n.formats.ggml_types import GGML_TYPES
+from gguf3n.formats.small_file import MAX_RECIPE_BYTES, read_text
 from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, Keep, Recipe, Rule
+from gguf3n.recipes.regexes import check_regex
 from gguf3n.recipes.toml import A_TYPE, RecipeFile, parse, parse_type
 
 SUFFIX = ".toml"
@@ -87,12 +89,7 @@ def override(
 
 def read_file(path: Path) -> RecipeFile:
     """A user's recipe file. Raises: UsageError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        found = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(f"{path}: the recipe can't be read", expected="a TOML file", found=found) from error
-    return parse(text, str(path), strict=True)
+    return parse(read_text(path, MAX_RECIPE_BYTES, UsageError), str(path), strict=True)
 
 
 @dataclass(frozen=True)
@@ -208,17 +205,11 @@ def _override(text: str) -> Rule:
     is_regex = pattern.startswith("re:")
     pattern = pattern.removeprefix("re:")
     if is_regex:
-        _check_regex(pattern, option)
+        try:
+            check_regex(pattern)
+        except ValueError as error:
+            raise UsageError(f"{option}: not a regular expression that can be used", found=str(error)) from error
     return Rule((pattern,), _option_type(name, option), option, is_regex=is_regex, place=option, strict=True)
-
-
-def _check_regex(pattern: str, option: str) -> None:
-    import re
-
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{option}: not a regular expression", found=str(error)) from error
 
 
 def _option_type(name: str, option: str) -> QType:

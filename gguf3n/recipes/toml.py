@@ -33,11 +33,12 @@ from typing import Any
 from gguf.constants import GGMLQuantizationType as QType
 from gguf.constants import LlamaFileType
 
-from gguf3n.errors import UsageError
+from gguf3n.errors import UsageError, shown
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
 from gguf3n.recipes.model import Keep, Rule
+from gguf3n.recipes.regexes import check_regex
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,6 +47,10 @@ else:
 
 RULES = "rules"
 """The value of `unevaluated` that means no type of its own."""
+NAME_PART = r"\"[^\"]*\"|'[^']*'|[^.\s]+"
+"""Of a dotted key."""
+MAX_NUMBER = 1 << 31
+"""Of layers or weights."""
 BASE = "base"
 """The value of `token_embd` and `ple` that means the base type."""
 
@@ -103,7 +108,7 @@ def _flag(value: Any) -> bool:
 
 
 def _positive(value: Any) -> int:
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= MAX_NUMBER:
         raise ValueError
     return value
 
@@ -116,10 +121,7 @@ def _patterns(value: Any) -> tuple[str, ...]:
 def _regexes(value: Any) -> tuple[str, ...]:
     patterns = _patterns(value)
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error:
-            raise ValueError from None
+        check_regex(pattern)
     return patterns
 
 
@@ -159,7 +161,10 @@ CONDITIONS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 }
 RULE_KEYS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "tensor": (_patterns, "a pattern of tensor names, or a list of them"),
-    "regex": (_regexes, "a regular expression of tensor names, or a list of them"),
+    "regex": (
+        _regexes,
+        "a regular expression of tensor names whose repeats are few and not nested, or a list of them",
+    ),
     "type": (parse_type, A_TYPE),
     "reason": (_text, "a line of text"),
     **CONDITIONS,
@@ -178,7 +183,7 @@ def parse(text: str, origin: str, *, strict: bool) -> RecipeFile:
     """
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not TOML; a number of too many digits; nested too deep
         match = re.search(r"\(at line (\d+), column \d+\)", str(error))
         where = f", line {match[1]}" if match else ""
         raise UsageError(f"{origin}{where}: not TOML", found=str(error)) from error
@@ -216,7 +221,7 @@ def _parse_table(
             parsed[key] = parser(value)
         except ValueError:
             raise UsageError(
-                f"{lines.place(table, key)}: impossible value of {key!r}", expected=expected, found=repr(value)
+                f"{lines.place(table, key)}: impossible value of {key!r}", expected=expected, found=shown(value)
             ) from None
     return parsed
 
@@ -250,16 +255,16 @@ class _Lines:
         self.numbers: dict[tuple[str, str], int] = {}
         table, n_rules = "", 0
         for number, line in _logical_lines(text):
-            header = re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line)
-            if header:
-                table = re.sub(r"[\"' ]", "", header[2])
-                if header[1] == "[[" and table == "rule":
+            key, equals, _ = line.strip().partition("=")
+            if key.startswith("["):
+                table = re.sub(r"[\"' ]", "", key.lstrip("[").partition("]")[0])
+                if key.startswith("[[") and table == "rule":
                     n_rules += 1
                     table = f"rule {n_rules}"
                 self.numbers.setdefault((table, ""), number)
-            elif key := re.match(r"\s*([\w\"'. -]+?)\s*=", line):
+            elif equals and re.fullmatch(r"[\w\"'. -]+", key) and (names := re.findall(NAME_PART, key)):
                 path = [table] if table else []
-                *parents, name = re.findall(r"\"[^\"]*\"|'[^']*'|[^.\s]+", key[1])
+                *parents, name = names
                 inner = ".".join([*path, *(part.strip("\"'") for part in parents)])
                 self.numbers.setdefault((inner, name.strip("\"'")), number)
                 if parents:
