@@ -166,6 +166,7 @@ def field(number: int, data: bytes) -> bytes:
 
 
 PIECE = field(1, field(1, b"a"))
+SCORE = b"\x15" + bytes(4)
 MODELS = {
     "empty": b"",
     "zeros": bytes(1000),
@@ -175,6 +176,10 @@ MODELS = {
     "no pieces": field(2, b""),
     "an empty piece": field(1, field(1, b"")),
     "a piece with a zero byte": field(1, field(1, b"a\0b")),
+    "a usual piece that is empty": field(1, field(1, b"") + SCORE),
+    "a usual piece with a zero byte": field(1, field(1, b"a\0b") + SCORE),
+    "a usual piece that is not UTF-8": PIECE + field(1, field(1, b"\xff") + SCORE + b"\x18\x01"),
+    "halves of a character in two pieces": field(1, field(1, b"\xc3") + SCORE) + field(1, field(1, b"\xa9") + SCORE),
     "a piece that is not UTF-8": field(1, field(1, b"\xff")),
     "a piece that is a number": b"\x08\x01",
     "rules of normalization": PIECE + field(3, field(2, b"abcd")),
@@ -191,6 +196,7 @@ def test_no_sentencepiece_model(name: str) -> None:
 
 def test_a_sound_sentencepiece_model() -> None:
     check_sentencepiece(SPM, Path("tokenizer.model"))
+    check_sentencepiece(PIECE + field(1, field(1, b"b") + SCORE + b"\x18\x03") + field(2, b"") + PIECE, Path("x"))
     check_sentencepiece(PIECE + b"\x30\x01" + b"\x39" + bytes(8) + b"\x3d" + bytes(4), Path("x"))
 
 
