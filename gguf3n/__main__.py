@@ -14,6 +14,9 @@ def main() -> None:
     except KeyboardInterrupt:  # while modules are imported, or while an error is printed
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # the modules can't be read: too few file handles, a broken installation
+        print(f"error: gguf3n can't be loaded: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

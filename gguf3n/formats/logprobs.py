@@ -35,8 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import CheckpointError, UsageError
-from gguf3n.formats.checkpoint import read_header
+from gguf3n.formats.checkpoint import MAX_SIZE, read_header
 from gguf3n.formats.rows import Stored
+from gguf3n.formats.small_file import check_small
 from gguf3n.formats.whole_file import WholeFile
 
 FORMAT = "gguf3n.logprobs/1"
@@ -137,6 +138,7 @@ def open_logprobs(path: Path) -> SavedLogprobs:
 
     Raises: UsageError: a file that is neither. CheckpointError: a broken one.
     """
+    check_small(path, MAX_SIZE, UsageError)
     try:
         with open(path, "rb") as file:
             is_kld = file.read(len(KLD_MAGIC)) == KLD_MAGIC

@@ -30,22 +30,27 @@ MAX_PIECE_BYTES = 1 << 12
 
 def check_sentencepiece(data: bytes, path: Path) -> None:
     """Make sure that it is a model with pieces, each a text. Raises: TokenizerError."""
-    n_pieces = 0
+    texts: list[bytes] = []
     try:
-        for number, kind, start, end in _fields(data, 0, len(data)):
+        at = 0
+        while (at := _skip_usual(data, at, texts)) < len(data):
+            number, kind, start, at = next(_fields(data, at, len(data)))
             if number in (PIECES, NORMALIZER, SELF_TEST) and kind != LENGTH:
-                raise ValueError(f"field {number} of a wrong type, before byte {end:,}")
+                raise ValueError(f"field {number} of a wrong type, before byte {at:,}")
             if number == PIECES:
-                n_pieces += 1
-                _check_piece(data, start, end)
+                texts.append(_text(data, start, at))
             elif number == NORMALIZER and any(
-                field == CHARSMAP and last > first for field, _, first, last in _fields(data, start, end)
+                field == CHARSMAP and last > first for field, _, first, last in _fields(data, start, at)
             ):
                 raise ValueError("a normalizer with rules of its own")
             elif number == SELF_TEST:
                 raise ValueError("samples to test itself with")
-        if not 0 < n_pieces <= MAX_PIECES:
-            raise ValueError(f"{n_pieces:,} pieces")
+        if not 0 < len(texts) <= MAX_PIECES:
+            raise ValueError(f"{len(texts):,} pieces")
+        if not all(texts) or max(map(len, texts)) > MAX_PIECE_BYTES:
+            raise ValueError("a piece without a text, or with a very long one")
+        if "\0" in b"\n".join(texts).decode("utf-8"):
+            raise ValueError("a piece with a zero byte")
     except ValueError as error:
         raise TokenizerError(
             f"{path}: not a sentencepiece model of a Gemma",
@@ -55,13 +60,34 @@ def check_sentencepiece(data: bytes, path: Path) -> None:
         ) from error
 
 
-def _check_piece(data: bytes, start: int, end: int) -> None:
+def _skip_usual(data: bytes, at: int, texts: list[bytes]) -> int:
+    """Step over pieces of fewer than 128 bytes that are a text, a score and perhaps a type; returns where they end.
+
+    Why: a vocabulary has 262,144 of them, and only of others every field need be looked at.
+    """
+    end = len(data) - 2
+    while at < end and data[at] == data[at + 2] == 0x0A and data[at + 1] < 128:
+        next_at = at + 2 + data[at + 1]
+        text_end = at + 4 + data[at + 3] if at + 3 < end else end
+        left = next_at - text_end
+        if next_at > len(data) or left not in (5, 7) or data[text_end] != 0x15:
+            break
+        if left == 7 and (data[next_at - 2] != 0x18 or data[next_at - 1] > 127):
+            break
+        texts.append(data[at + 4 : text_end])
+        at = next_at
+    return at
+
+
+def _text(data: bytes, start: int, end: int) -> bytes:
+    """A piece's text; empty where it has none. Raises: ValueError."""
+    text = b""
     for number, kind, first, last in _fields(data, start, end):
-        if number == TEXT and kind == LENGTH:
+        if number == TEXT:
+            if kind != LENGTH:
+                raise ValueError(f"a piece whose text is a number, before byte {last:,}")
             text = data[first:last]
-            if not text or len(text) > MAX_PIECE_BYTES or b"\0" in text:
-                raise ValueError(f"a piece of {len(text):,} bytes, or with a zero byte, at byte {first:,}")
-            text.decode("utf-8")
+    return text
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -74,20 +74,26 @@ def check_small(path: Path, max_bytes: int, error: type[Gguf3nError]) -> int:
         found = next((what for is_kind, what in KINDS if is_kind(status.st_mode)), "a device")
         raise error(f"{path}: not a regular file", expected="a file", found=found, fix="copy it to a file of its own")
     if status.st_size > max_bytes:
-        raise _too_large(path, max_bytes, f"{status.st_size:,} bytes", error)
+        raise error(
+            f"{path}: too large for what it is",
+            expected=f"at most {max_bytes:,} bytes",
+            found=f"{status.st_size:,} bytes",
+            fix="name another file",
+        )
     return status.st_size
 
 
 def read_small(path: Path, max_bytes: int, error: type[Gguf3nError]) -> bytes:
     """All of a regular file. Raises: `error`."""
-    check_small(path, max_bytes, error)
+    n_bytes = check_small(path, max_bytes, error)
     try:
         with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
+            data = file.read(n_bytes + 1)  # not max_bytes: Python makes room for all that is asked for
     except OSError as cause:
         raise _unreadable(path, cause, error) from cause
-    if len(data) > max_bytes:  # it grew, or is one that does not say its size
-        raise _too_large(path, max_bytes, "more", error)
+    if len(data) != n_bytes:
+        found = "more" if len(data) > n_bytes else f"{len(data):,} bytes"
+        raise error(f"{path}: changed while it was read", expected=f"{n_bytes:,} bytes", found=found)
     return data
 
 
@@ -173,12 +179,3 @@ def parse_json(data: bytes, name: str, error: type[Gguf3nError]) -> Any:
 
 def _unreadable(path: Path, cause: OSError | ValueError, error: type[Gguf3nError]) -> Gguf3nError:
     return error(f"{path}: cannot be read", found=getattr(cause, "strerror", None) or str(cause))
-
-
-def _too_large(path: Path, max_bytes: int, found: str, error: type[Gguf3nError]) -> Gguf3nError:
-    return error(
-        f"{path}: too large for what it is",
-        expected=f"at most {max_bytes:,} bytes",
-        found=found,
-        fix="name another file",
-    )

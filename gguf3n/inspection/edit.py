@@ -173,10 +173,8 @@ def _scalar(name: str, kind: str, value: Any) -> Scalar:
         bits = np.iinfo(kind)
         right = type(value) is int and int(bits.min) <= value <= int(bits.max)
     else:
-        largest = float(np.finfo(kind).max)
-        right = type(value) in (int, float) and (
-            abs(value) <= largest or value in (math.inf, -math.inf) or value != value
-        )
+        is_finite = type(value) is int or (type(value) is float and math.isfinite(value))
+        right = abs(value) <= float(np.finfo(kind).max) if is_finite else type(value) is float
         value = float(value) if right else value
     if not right:
         raise UsageError(f"{name}: not a {kind}", found=shown(value))

@@ -47,8 +47,11 @@ else:
 
 RULES = "rules"
 """The value of `unevaluated` that means no type of its own."""
-NAME_PART = r"\"[^\"]*\"|'[^']*'|[^.\s]+"
+QUOTED = r"\"[^\"]*\"|'[^']*'"
+NAME_PART = QUOTED + r"|[^.\s]+"
 """Of a dotted key."""
+MAX_DOTS = 64
+"""In a line, outside of strings. tomllib takes a minute for a key of 32,000 parts."""
 MAX_NUMBER = 1 << 31
 """Of layers or weights."""
 BASE = "base"
@@ -181,6 +184,9 @@ def parse(text: str, origin: str, *, strict: bool) -> RecipeFile:
 
     Raises: UsageError with the line.
     """
+    for number, line in _logical_lines(text):
+        if re.sub(QUOTED, "", line).partition("#")[0].count(".") > MAX_DOTS:
+            raise UsageError(f"{origin}, line {number}: a key of too many parts", expected=f"at most {MAX_DOTS}")
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not TOML; a number of too many digits; nested too deep

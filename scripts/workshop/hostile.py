@@ -121,7 +121,9 @@ class TooLong(BaseException):
     """An input that took longer than MAX_SECONDS. Why no Exception: those are caught along the way."""
 
 
-def run_all(check: Callable[[int], str], first: int, n_inputs: int, *, processes: int = 2) -> Failures:
+def run_all(
+    check: Callable[[int], str], first: int, n_inputs: int, *, processes: int = 2, max_minutes: float = float("inf")
+) -> Failures:
     """Check inputs by their numbers, in processes that may die.
 
     Args:
@@ -132,7 +134,8 @@ def run_all(check: Callable[[int], str], first: int, n_inputs: int, *, processes
     batches = iter(range(first, first + n_inputs, BATCH))
     running: list[_Batch] = []
     while True:
-        while len(running) < processes and (start := next(batches, None)) is not None:
+        in_time = time.monotonic() - started < 60 * max_minutes
+        while in_time and len(running) < processes and (start := next(batches, None)) is not None:
             running.append(_Batch(check, start, min(BATCH, first + n_inputs - start)))
         if not running:
             break
@@ -221,9 +224,10 @@ def run_script(check: Callable[[int], str], description: str) -> None:
     parser.add_argument("n_inputs", type=int)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no more inputs after so many")
     options = parser.parse_args()
     for number in range(LOADING):
         check(number)
-    found = run_all(check, options.first, options.n_inputs, processes=options.processes)
+    found = run_all(check, options.first, options.n_inputs, processes=options.processes, max_minutes=options.minutes)
     print(*found.lines(), sep="\n")
     sys.exit(bool(found.kinds))
