@@ -19,9 +19,10 @@ PACKAGE = Path(gguf3n.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 BELOW: dict[str, set[str]] = {
-    "errors": set(),
+    "outside": set(),
+    "errors": {"outside"},
     "progress": set(),
-    "formats": {"errors"},
+    "formats": {"errors", "outside"},
     "quants": {"errors", "formats"},
     "recipes": {"errors", "formats"},
     "gemma3n": {"errors", "formats"},
@@ -32,14 +33,14 @@ BELOW: dict[str, set[str]] = {
         "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "progress",
     },
     "plots": {"errors", "formats"},
-    "engines": {"errors", "formats", "gemma3n", "recipes", "pipeline", "inspection"},
+    "engines": {"errors", "outside", "formats", "gemma3n", "recipes", "pipeline", "inspection"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "inspection",
-        "engines", "plots",
+        "engines", "outside", "plots",
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
-        "plots", "validation", "",
+        "outside", "plots", "validation", "",
     },
     "__main__": {"cli"},
     "": {"conversion", "errors", "formats", "planning", "quants", "recipes", "inspection", "engines", "validation"},
