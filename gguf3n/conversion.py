@@ -81,7 +81,11 @@ def parse_options(
     recipes = [find_recipe(quant) if isinstance(quant, str) else quant for quant in named]
     recipes += map(read_recipe, like)
     if not recipes:
-        raise UsageError("no quantization named", expected="one or more, such as Q8_0, or a file to be like")
+        raise UsageError(
+            "no quantization named",
+            expected="one or more, such as Q8_0, or a file to be like",
+            fix="add --quant NAME or --like FILE",
+        )
     recipes = [
         override(recipe, ple=ple, token_embd=token_embd, tensor_types=tensor_types, keep=keep) for recipe in recipes
     ]

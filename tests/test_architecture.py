@@ -22,28 +22,30 @@ BELOW: dict[str, set[str]] = {
     "outside": set(),
     "errors": {"outside"},
     "progress": set(),
+    "workers": set(),
     "formats": {"errors", "outside"},
     "quants": {"errors", "formats"},
     "recipes": {"errors", "formats"},
     "gemma3n": {"errors", "formats"},
-    "planning": {"errors", "formats", "gemma3n", "recipes"},
-    "pipeline": {"errors", "formats", "gemma3n", "recipes", "quants", "planning"},
-    "conversion": {"errors", "formats", "gemma3n", "recipes", "planning", "pipeline"},
-    "inspection": {
-        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "progress",
-    },
     "plots": {"errors", "formats"},
-    "engines": {"errors", "outside", "formats", "gemma3n", "recipes", "pipeline", "inspection"},
+    "planning": {"errors", "formats", "gemma3n", "recipes"},
+    "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
+    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes"},
+    "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
+    "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
-        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "pipeline", "conversion", "inspection",
-        "engines", "outside", "plots",
+        "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
+        "outside", "plots", "progress", "workers",
     },
     "cli": {
-        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
-        "outside", "plots", "validation", "",
+        "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
+        "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
-    "": {"conversion", "errors", "formats", "planning", "quants", "recipes", "inspection", "engines", "validation"},
+    "": {
+        "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
+        "engines", "validation",
+    },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""
 

@@ -169,9 +169,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], int, str, tuple[st
     "file for a source": (
         lambda directory: good(directory) / "config.json",
         Q8,
-        3,
-        "SourceError",
-        ("config.json: no such directory",),
+        2,
+        "UsageError",
+        ("config.json", "gguf3n quantize"),
     ),
     "no checkpoint": (lambda directory: directory, Q8, 3, "SourceError", ("no checkpoint here",)),
     "no config": (changed(lambda d: (d / "config.json").unlink()), Q8, 3, "SourceError", ("config.json: missing",)),
@@ -313,18 +313,18 @@ def test_converting(source: Path, converted: Path, tmp_path: Path) -> None:
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert any("n_kv_layers = 20 built in" in note for note in notes)
     (progress,) = [line for line in result.stderr.splitlines() if line not in notes][-1:]
-    assert progress.startswith("100%")
+    assert progress.startswith("writing  100%")
     assert not result.errors
 
 
 def test_progress_lines_where_nobody_watches(tmp_path: Path) -> None:
     """At most one each tenth, whatever the number of reports, and one at the end."""
     code = (
-        "from gguf3n.cli.console import progress_bar\n"
-        "from gguf3n.pipeline import Progress\n"
+        "from gguf3n.cli.progress import progress_bar\n"
+        "from gguf3n.progress import Progress\n"
         "with progress_bar(quiet=False) as update:\n"
-        "    for i in range(1001): update(Progress(i << 20, 1000 << 20, i / 100))\n"
-        "    update(Progress(1000 << 20, 1000 << 20, 10.0))\n"
+        "    for i in range(1001): update(Progress('writing', i << 20, 1000 << 20, 'bytes', i / 100))\n"
+        "    update(Progress('writing', 1000 << 20, 1000 << 20, 'bytes', 10.0))\n"
     )
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True
@@ -332,8 +332,8 @@ def test_progress_lines_where_nobody_watches(tmp_path: Path) -> None:
     assert process.stdout == ""
     lines = process.stderr.splitlines()
     assert len(lines) == 10
-    assert lines[0] == " 10%  100.00 MiB of 1000.00 MiB  100.00 MiB/s  9 s left"
-    assert lines[-1] == "100%  1000.00 MiB of 1000.00 MiB  100.00 MiB/s  0 s left"
+    assert lines[0] == "writing   10%  100.00 MiB of 1000.00 MiB, 100.00 MiB/s  9 s left"
+    assert lines[-1] == "writing  100%  1000.00 MiB of 1000.00 MiB, 100.00 MiB/s  10 s"
 
 
 def test_json_is_all_there_is_on_stdout(source: Path, converted: Path, tmp_path: Path) -> None:
@@ -569,13 +569,13 @@ main()
 AT_ONCE = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from gguf3n.gemma3n import model
+from gguf3n.gemma3n import source
 from gguf3n.cli import main
 
 def stop(*_):
     os.kill(os.getpid(), signal.SIG)
 
-model.read_config = stop
+source.load_config = stop
 main()
 """
 

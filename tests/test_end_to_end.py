@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
-from gguf3n.gemma3n.tensors import Storage
 
 import gguf3n
 from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.engines.reference import Reference
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
+from gguf3n.gemma3n.mapping import Storage
 from gguf3n.quants import QUANTIZERS
 from gguf3n.validation.divergence import Divergence, measure
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +21,18 @@ import pytest
 
 import gguf3n
 from gguf3n import pipeline
+from gguf3n.conversion import plan_all
 from gguf3n.errors import CheckpointError, Gguf3nError, Interrupted, OutputError, QuantizationError, UsageError
+from gguf3n.formats.gguf_layout import QType
+from gguf3n.formats.imatrix import Entry, ImportanceMatrix
 from gguf3n.formats.offset_files import OffsetFiles
-from gguf3n.pipeline import Chunk, Progress, chunks, default_threads, run
+from gguf3n.formats.rows import Chunk, LowRank, RowReader, Rows, Stored, View, Zeros, chunks
+from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.pipeline import run
 from gguf3n.planning import Plan
+from gguf3n.progress import Progress
+from gguf3n.recipes import find_recipe
+from gguf3n.workers import default_threads
 from tests import micro
 
 QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -133,24 +143,34 @@ def test_neither_threads_nor_chunks_nor_company_change_a_byte(
 
 
 @pytest.mark.parametrize("chunk_weights", [1, 64, 1000, 1 << 14, 1 << 30])
-def test_chunks_are_every_row_once_in_order(plans: dict[str, Plan], chunk_weights: int) -> None:
+def test_chunks_are_every_row_once_in_order(
+    plans: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_weights: int
+) -> None:
     plan = plans["F32"]
-    found: dict[int, list[Chunk]] = {}
-    for chunk in chunks(plan, chunk_weights):
-        found.setdefault(chunk.tensor, []).append(chunk)
-    assert sorted(found) == list(range(len(plan.tensors)))
-    for index, cut in found.items():
-        tensor = plan.tensors[index].source
-        assert [chunk.first_row for chunk in cut] == np.cumsum([0, *(chunk.n_rows for chunk in cut)])[:-1].tolist()
-        assert sum(chunk.n_rows for chunk in cut) == tensor.n_rows
+    wanted = list(dict.fromkeys(rows for planned in plan.tensors for rows in planned.source.rows))
+    taken: list[Chunk] = []
+    convert = pipeline._Work.convert
+
+    def note(self: Any, chunk: Chunk, *buffers: np.ndarray) -> None:
+        taken.append(chunk)
+        convert(self, chunk, *buffers)
+
+    monkeypatch.setattr(pipeline._Work, "convert", note)
+    largest = max(tensor.source.n_weights for tensor in plan.tensors)
+    run([(plan, tmp_path / "x")], threads=1, chunk_weights=min(chunk_weights, largest))
+    assert list(dict.fromkeys(chunk.rows for chunk in taken)) == wanted
+    found: dict[Rows, list[Chunk]] = {rows: [] for rows in wanted}
+    for chunk in taken:
+        found[chunk.rows].append(chunk)
+    for rows, cut in found.items():
+        assert cut == list(chunks(rows, min(chunk_weights, largest)))
+        assert [chunk.first for chunk in cut] == np.cumsum([0, *(chunk.n_rows for chunk in cut)])[:-1].tolist()
+        assert sum(chunk.n_rows for chunk in cut) == rows.n_rows
+        assert sum(chunk.stored_bytes for chunk in cut) == rows.stored_bytes
         for chunk in cut:
-            assert chunk.n_rows == 1 or chunk.n_rows * tensor.n_per_row <= chunk_weights
-            assert chunk.source in {rows.source for rows in tensor.rows}
+            assert chunk.n_rows == 1 or chunk.n_weights <= chunk_weights
     for planned in plan.tensors:
-        for rows in planned.source.rows:
-            cut = [chunk for chunk in found[plan.tensors.index(planned)] if chunk.source is rows.source]
-            assert [chunk.source_row for chunk in cut][:1] == [0]
-            assert sum(chunk.n_rows for chunk in cut) == rows.n_rows
+        assert sum(rows.n_rows for rows in planned.source.rows) == planned.source.n_rows
 
 
 def test_a_slow_reader_holds_up_itself_only(
@@ -196,6 +216,223 @@ def test_every_dtype_of_the_source(arrays: dict[str, np.ndarray], tmp_path: Path
         assert np.array_equal(values[0], values[1]), name
 
 
+# outputs meet at rows
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model: other weights, another size."""
+    raw = micro.config(intermediate_size=[192] * 3)
+    directory = tmp_path_factory.mktemp("pipeline") / "other"
+    return micro.make(directory, raw=raw, arrays=micro.tensors(raw, seed=1))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Tensor, first byte and number of bytes of each read of weights."""
+    copy_stored, seen = RowReader.copy_stored, list[tuple[str, int, int]]()
+
+    def note(self: RowReader, stored: Stored, first: int, out: np.ndarray) -> None:
+        seen.append((f"{stored.file_name}: {stored.name}", stored.offset + first * stored.row_bytes, out.nbytes))
+        copy_stored(self, stored, first, out)
+
+    monkeypatch.setattr(RowReader, "copy_stored", note)
+    return seen
+
+
+def stored_bytes(*parts: Part) -> int:
+    """Of all rows that these want, each once."""
+    return sum(rows.stored_bytes for rows in {rows for part in parts for t in part.tensors for rows in t.rows})
+
+
+def check_read_once(reads: list[tuple[str, int, int]], n_bytes: int) -> None:
+    assert len(set(reads)) == len(reads)
+    assert sum(n for _, _, n in reads) == n_bytes
+    ends = sorted((offset, offset + n) for _, offset, n in reads)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+def alone(plan: Plan, directory: Path) -> bytes:
+    """What a plan becomes by itself."""
+    run([(plan, directory / "alone")], threads=1)
+    data = (directory / "alone").read_bytes()
+    (directory / "alone").unlink()
+    return data
+
+
+@pytest.mark.parametrize("chunk_weights", [1000, 1 << 18])
+def test_plans_of_several_sources_in_one_run(
+    source: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_weights: int
+) -> None:
+    made = [gguf3n.plan(source, "Q8_0"), gguf3n.plan(other, "Q4_0"), gguf3n.plan(other, "F32")]
+    names = ["micro-Q8_0.gguf", "other-Q4_0.gguf", "other-F32.gguf"]
+    expected = [alone(plan, tmp_path) for plan in made]
+    run([(plan, tmp_path / name) for plan, name in zip(made, names, strict=True)], chunk_weights=chunk_weights)
+    assert [(tmp_path / name).read_bytes() for name in names] == expected
+    seen: list[Progress] = []
+    written = gguf3n.write(made, tmp_path / "out", progress=seen.append)
+    assert [each.path.name for each in written] == names
+    assert [each.plan for each in written] == made
+    assert [each.path.read_bytes() for each in written] == expected
+    assert seen[-1].done == seen[-1].total == stored_bytes(made[0].part, made[1].part)
+
+
+def test_several_plans_read_each_byte_once(
+    plans: dict[str, Plan], expected: dict[str, bytes], tmp_path: Path, reads: list[tuple[str, int, int]]
+) -> None:
+    run([(plan, tmp_path / quant) for quant, plan in plans.items()], chunk_weights=1000)
+    check_read_once(reads, stored_bytes(plans["F32"].part))
+    assert {quant: (tmp_path / quant).read_bytes() for quant in plans} == expected
+
+
+def test_a_part_that_shares_some_rows_only(
+    source: Path, plans: dict[str, Plan], expected: dict[str, bytes], tmp_path: Path, reads: list[tuple[str, int, int]]
+) -> None:
+    """In another order, some of them twice, and of a source that was opened for itself."""
+    whole = text_part(gguf3n.read_source(source))
+    tensors = (*whole.tensors[4:9], *whole.tensors[:3], replace(whole.tensors[5], name="again.weight"))
+    (some,) = plan_all(replace(whole, tensors=tensors), [find_recipe("Q8_0")])
+    wanted = alone(some, tmp_path)
+    reads.clear()
+    run([(some, tmp_path / "some"), (plans["Q8_0"], tmp_path / "whole")], chunk_weights=1000)
+    check_read_once(reads, stored_bytes(plans["Q8_0"].part))
+    assert (tmp_path / "some").read_bytes() == wanted
+    assert (tmp_path / "whole").read_bytes() == expected["Q8_0"]
+    slots = {slot.name: wanted[slot.offset : slot.offset + slot.n_bytes] for slot in some.layout.slots}
+    assert slots["again.weight"] == slots[whole.tensors[5].name]
+    for slot in plans["Q8_0"].layout.slots:
+        if slot.name in slots:
+            assert slots[slot.name] == expected["Q8_0"][slot.offset : slot.offset + slot.n_bytes], slot.name
+
+
+def test_what_is_wanted_twice_in_one_type_is_quantized_once(
+    source: Path, plans: dict[str, Plan], expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q8_0, and Q8_0 with one tensor in another type: only that one is more work."""
+    quantize, calls = pipeline._Work.quantize, list[tuple[str, QType]]()
+
+    def note(self: Any, rows: np.ndarray, largest: float, planned: Any, out: np.ndarray) -> None:
+        calls.append((planned.slot.name, planned.slot.qtype))
+        quantize(self, rows, largest, planned, out)
+
+    monkeypatch.setattr(pipeline._Work, "quantize", note)
+    largest = max(tensor.source.n_weights for tensor in plans["F32"].tensors)
+    one = plans["Q8_0"]
+    two = gguf3n.plan(source, "Q8_0", tensor_types=["blk.1.ffn_up.weight=Q4_0"])
+    run([(one, tmp_path / "one")], chunk_weights=largest)
+    by_itself = sorted(calls)
+    wanted = alone(two, tmp_path)
+    calls.clear()
+    run([(one, tmp_path / "a"), (two, tmp_path / "b"), (one, tmp_path / "c")], chunk_weights=largest)
+    assert sorted(calls) == sorted([*by_itself, ("blk.1.ffn_up.weight", QType.Q4_0)])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes() == expected["Q8_0"]
+    assert (tmp_path / "b").read_bytes() == wanted
+
+
+def test_other_importances_are_other_work(source: Path, tmp_path: Path) -> None:
+    """The same rows in the same type, with an importance matrix, with another, and without."""
+
+    def imatrix(seed: int) -> ImportanceMatrix:
+        rng = np.random.default_rng(seed)
+        entry = Entry(rng.random((1, 128), np.float32) + 0.01, np.ones(1, np.float32))
+        return ImportanceMatrix(Path(f"{seed}.gguf"), {"blk.1.ffn_down.weight": entry})
+
+    made = [gguf3n.plan(source, "Q4_0@llama.cpp", imatrix=given) for given in (imatrix(0), None, imatrix(1))]
+    wanted = [alone(plan, tmp_path) for plan in made]
+    run([(plan, tmp_path / str(i)) for i, plan in enumerate(made)])
+    assert [(tmp_path / str(i)).read_bytes() for i in range(3)] == wanted
+    written = [gguf3n.open_gguf(tmp_path / str(i)) for i in range(3)]
+    assert len({file.read(file.tensors["blk.1.ffn_down.weight"]) for file in written}) == 3
+
+
+def store(path: Path, name: str, values: np.ndarray) -> Stored:
+    """A matrix in a file of its own, as float32."""
+    path.write_bytes(np.ascontiguousarray(values, "<f4").tobytes())
+    return Stored(name, "F32", values.shape, path, 0)
+
+
+def with_rows(part: Part, name: str, *rows: Rows) -> Part:
+    """The part with other rows in one tensor."""
+    return replace(part, tensors=tuple(replace(t, rows=rows) if t.name == name else t for t in part.tensors))
+
+
+def other_forms(kind: str, arrays: dict[str, np.ndarray], source: Path, directory: Path) -> tuple[Rows, np.ndarray]:
+    """Rows for blk.1.ffn_down.weight, and the array [64, 128] that they stand for."""
+    part = text_part(gguf3n.read_source(source))
+    (down,) = next(tensor.rows for tensor in part.tensors if tensor.name == "blk.1.ffn_down.weight")
+    (up,) = next(tensor.rows for tensor in part.tensors if tensor.name == "blk.1.ffn_up.weight")
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((3, 128), np.float32), rng.standard_normal((64, 3), np.float32)
+    values = widened(arrays[f"{ROOT}layers.1.mlp.down_proj.weight"])
+    if kind == "low rank":
+        merged = (values + 0.25 * (b.astype(np.float64) @ a)).astype(np.float32)
+        return LowRank(down, store(directory / "a", "a", a), store(directory / "b", "b", b), 0.25), merged
+    upper = widened(arrays[f"{ROOT}layers.1.mlp.up_proj.weight"])
+    view = View(up, range(40, 104), (range(32, 64), range(32), range(64)))
+    return view, np.hstack([upper[40:104, 32:64], upper[40:104, :32], upper[40:104]])
+
+
+@pytest.mark.parametrize("chunk_weights", [1000, 1 << 18])
+@pytest.mark.parametrize("kind", ["view", "low rank"])
+def test_tensors_of_other_rows(
+    arrays: dict[str, np.ndarray], source: Path, tmp_path: Path, kind: str, chunk_weights: int
+) -> None:
+    """As a checkpoint in which the array stands as it is; its neighbours keep their bytes, and the view's base is read
+    for itself."""
+    name = "blk.1.ffn_down.weight"
+    rows, values = other_forms(kind, arrays, source, tmp_path)
+    tensors = {each: widened(array) for each, array in arrays.items()}
+    merged = micro.make(tmp_path / "merged", arrays=tensors | {f"{ROOT}layers.1.mlp.down_proj.weight": values})
+    part = with_rows(text_part(gguf3n.read_source(source)), name, rows)
+    quants = ("F32", "Q8_0", "Q4_0")
+    made = plan_all(part, [find_recipe(quant) for quant in quants])
+    run([(plan, tmp_path / quant) for quant, plan in zip(quants, made, strict=True)], chunk_weights=chunk_weights)
+    for quant in quants:
+        (expected,) = gguf3n.convert(merged, quant, tmp_path / "expected.gguf", force=True)
+        one, two = gguf3n.open_gguf(tmp_path / quant), gguf3n.open_gguf(expected.path)
+        for each in ("blk.1.ffn_up.weight", name, "blk.2.ffn_down.weight", "token_embd.weight"):
+            assert one.read(one.tensors[each]) == two.read(two.tensors[each]), (quant, each)
+
+
+def test_a_tensor_of_rows_of_every_form(arrays: dict[str, np.ndarray], source: Path, tmp_path: Path) -> None:
+    name = "blk.1.ffn_down.weight"
+    low_rank, merged = other_forms("low rank", arrays, source, tmp_path)
+    view, cut = other_forms("view", arrays, source, tmp_path)
+    rows = (View(low_rank, range(5, 25), (range(128),)), Zeros(4, 128), View(view, range(24, 64), (range(128),)))
+    (plan,) = plan_all(with_rows(text_part(gguf3n.read_source(source)), name, *rows), [find_recipe("F32")])
+    run([(plan, tmp_path / "x")], chunk_weights=1000)
+    file = gguf3n.open_gguf(tmp_path / "x")
+    found = np.frombuffer(file.read(file.tensors[name]), np.float32).reshape(64, 128)
+    assert np.array_equal(found, np.vstack([merged[5:25], np.zeros((4, 128), np.float32), cut[24:]]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_a_weight_of_other_rows_that_is_not_finite_is_named(
+    arrays: dict[str, np.ndarray], source: Path, tmp_path: Path, value: float
+) -> None:
+    """In a slice that takes it; not in one that leaves it out."""
+    tensors = damaged(arrays, "layers.1.mlp.up_proj.weight", 50 * 64 + 40, value, "BF16")
+    spoiled = text_part(gguf3n.read_source(micro.make(tmp_path / "source", arrays=tensors)))
+    (up,) = next(tensor.rows for tensor in spoiled.tensors if tensor.name == "blk.1.ffn_up.weight")
+    sound = text_part(gguf3n.read_source(source))
+    (tmp_path / "out").mkdir()
+    taken, left_out = ((range(16, 64), range(64), range(16)), (range(40), range(41, 64), range(40), range(25)))
+    view = View(up, range(45, 109), taken)
+    rank_1 = [store(tmp_path / at, at, np.ones(shape, np.float32)) for at, shape in (("a", (1, 128)), ("b", (64, 1)))]
+    for rows in (view, LowRank(view, rank_1[0], rank_1[1], 1.0)):
+        (plan,) = plan_all(with_rows(sound, "blk.1.ffn_down.weight", rows), [find_recipe("BF16")])
+        with pytest.raises(QuantizationError) as caught:
+            run([(plan, tmp_path / "out" / "x")], threads=2, chunk_weights=1000)
+        assert caught.value.what == f"{rows.origin} has a weight that is not finite"
+        assert f"tensor '{ROOT}layers.1.mlp.up_proj.weight'" in caught.value.what
+        assert caught.value.found is not None
+        assert caught.value.found.endswith("in row 5, column 24")
+        assert nothing_left(tmp_path / "out")
+    rows = View(up, range(45, 109), left_out)
+    (plan,) = plan_all(with_rows(sound, "blk.1.ffn_down.weight", rows), [find_recipe("BF16")])
+    run([(plan, tmp_path / "out" / "x")], threads=2, chunk_weights=1000)
+
+
 # progress
 
 
@@ -203,12 +440,14 @@ def test_progress_grows_to_the_end_and_is_told_by_the_calling_thread(plans: dict
     states: list[tuple[Progress, threading.Thread]] = []
     run([(plans["F32"], tmp_path / "x")], progress=lambda state: states.append((state, threading.current_thread())))
     assert {thread for _, thread in states} == {threading.current_thread()}
-    done = [state.done_bytes for state, _ in states]
+    assert {(state.stage, state.unit) for state, _ in states} == {("writing", "bytes")}
+    done = [state.done for state, _ in states]
     assert done == sorted(done)
     total = sum(
-        rows.source.n_bytes for tensor in plans["F32"].tensors for rows in tensor.source.rows if rows.source is not None
+        rows.stored_bytes for tensor in plans["F32"].tensors for rows in tensor.source.rows if isinstance(rows, Stored)
     )
-    assert states[-1][0].done_bytes == states[-1][0].total_bytes == total
+    assert states[-1][0].done == states[-1][0].total == total
+    assert {state.total for state, _ in states} == {total}
     seconds = [state.seconds for state, _ in states]
     assert seconds == sorted(seconds)
 
@@ -296,13 +535,13 @@ def test_the_other_workers_stop_when_one_fails(
 ) -> None:
     convert, n_chunks = pipeline._Work.convert, 0
 
-    def counting(self: Any, *arguments: Any) -> int:
+    def counting(self: Any, *arguments: Any) -> None:
         nonlocal n_chunks
         n_chunks += 1
         if n_chunks == 3:
             raise RuntimeError("stop")
         time.sleep(0.02)
-        return convert(self, *arguments)
+        convert(self, *arguments)
 
     monkeypatch.setattr(pipeline._Work, "convert", counting)
     with pytest.raises(RuntimeError, match="stop"):
@@ -404,6 +643,8 @@ def test_where_files_go(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         assert [str(each.path) for each in written] == names
         assert [each.path.stat().st_size for each in written] == [each.plan.total_bytes for each in written]
     (one,) = gguf3n.convert(model, "BF16", "some/where/my.gguf")
+    with pytest.raises(UsageError, match="nothing to write"):
+        gguf3n.write([])
     assert one.path == Path("some/where/my.gguf")
 
 

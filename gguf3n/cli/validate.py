@@ -48,7 +48,7 @@ def validate(
         Path | None, typer.Option(help="Use such a file; the reference model is not run again.")
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="The importance matrix that FILE was made with; it is then judged more strictly.")
+        Path | None, typer.Option(help="The importance matrix that FILE was made with: it is judged more strictly.")
     ] = None,
     report: options.Report = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,

@@ -2,16 +2,17 @@
 
 `QUANTIZERS` is the whole truth about what can be written; nothing registers itself.
 
-The contract of a kernel (a `lanes.kernel`, perhaps called with a type's tables), a module's
+A type's module has one function, a kernel (`lanes.kernel`) or one that hands its tables to a kernel:
     quantize(rows, quant_weights, out)  or, where the bytes do not depend on importances,
     quantize(rows, out)
     rows           float32[n_rows, n_per_row], C-contiguous, finite, n_per_row a multiple of the block size
-    quant_weights  float32[n_per_row], one importance a column, finite and not negative; None: there are none
+    quant_weights  float32[n_per_row], one importance a column, finite and not negative; None where there are none
     out            uint8[n_rows, row_bytes], C-contiguous; every byte is written
-None says so in every part of a kernel, too. numba compiles a kernel once for an array and once for None, and drops what
-`if quant_weights is None` excludes: neither asks at run time, and neither is compiled before it is used.
 It is pure: no byte depends on other rows, on the number of rows in a call, or on threads. Fast in calls of whole
 multiples of 16 rows: most kernels work on 16 at a time, and fewer take as long.
+
+No importances are None in the parts of a kernel, too. numba compiles a kernel once for None and once for an array, each
+when it is first used, and leaves out what `if quant_weights is None` excludes: nothing is asked at run time.
 """
 
 from __future__ import annotations

@@ -99,13 +99,14 @@ def weigh(
 ) -> None:
     """The importances of the n weights from row x, which stand at `column`: to the rows from `weights`.
 
-    Exact: quant_weight * sqrt(variance + weight**2), in this order, for every type but Q6_K. What ggml calls variance
-        depends on the type, and so does its rounding, or where it overflows:
+    Exact: quant_weight * sqrt(variance + weight**2), in this order, for every type but Q6_K. The variance of
+        ggml depends on the type, and so does its rounding, or where it overflows:
             Q4_0, Q4_1, Q5_0, Q5_1          sum of the squares of the row / their number
             Q2_K, IQ2_XXS, IQ2_XS           sum of the squares of the super-block / 256
             IQ4_NL, IQ4_XS                  sum of the squares of the block or super-block * (2 / their number)
             other K, IQ1, IQ2, IQ3 types    2 * sum of the squares of the super-block / 256
-        Without quant_weights, weight**2. Types for which they are something else then do not call this.
+        Without quant_weights, weight**2. Types that have other importances then (Q2_K, Q4_K, Q5_K, IQ2_S) or none
+        (Q4_0, Q4_1, Q5_0, Q5_1, Q3_K) do not call this then.
     """
     for i in range(n):
         value = load(S, x + i)

@@ -135,6 +135,8 @@ def check_structure(candidate: Candidate, source: Part) -> StructureResult:
     try:
         report = lint.lint_file(candidate.gguf)
     except GGUFError as error:
+        if not candidate.path.is_file():
+            raise
         report = lint.unreadable(str(candidate.path), error)
         return StructureResult(tuple(_linted(report)), time.perf_counter() - started, report)
     problems = (*_linted(report), *_compare(candidate.subject, source))

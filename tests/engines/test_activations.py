@@ -24,6 +24,9 @@ from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
+from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.source import open_source
+from gguf3n.progress import Progress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from workshop.imatrix_comparison import GOLDEN, N_CHUNKS, N_CTX, TEXT, limit
 
@@ -109,7 +112,7 @@ def test_a_checkpoint_with_only_tokenizer_model(
 
 def test_entries_of_the_tables(tiny_checkpoint: Path, two_chunks: ImportanceMatrix) -> None:
     """An oracle without hooks: the output of the last norm, and gates computed from what went into them."""
-    tokens = open_reference(tiny_checkpoint).encode(TEXT.read_text("utf-8"), special=False)
+    tokens = open_reference(open_source(tiny_checkpoint)).encode(TEXT.read_text("utf-8"), special=False)
     seen: list[Any] = []
     with Reference(tiny_checkpoint, device="cpu") as reference:
         gate = reference.model.model.layers[3].per_layer_input_gate
@@ -139,6 +142,24 @@ def test_progress_says_how_far_it_is(measured: list[Measurement]) -> None:
     assert 2 in measured[0].seen and measured[0].n_vocab == 1088
     first = measured[0].imatrix.entries["blk.0.attn_q.weight"]
     assert first.counts == [N_CTX], "what came later must not change what was given out"
+
+
+def test_progress_is_told_after_each_chunk_whatever_the_source_is_given_as(
+    tiny_checkpoint: Path, two_chunks: ImportanceMatrix
+) -> None:
+    for source in (str(tiny_checkpoint), open_source(tiny_checkpoint)):
+        seen: list[Progress] = []
+        again = measure_importance(source, [str(TEXT)], n_ctx=SHORT, n_chunks=2, device="cpu", progress=seen.append)
+        assert [(state.stage, state.done, state.total, state.unit) for state in seen] == [
+            ("measuring", done, 2, "chunks") for done in (1, 2)
+        ]
+        assert apart(again, two_chunks) == 0
+
+
+def test_a_gguf_file_cannot_be_measured(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (written,) = gguf3n.convert(tiny_checkpoint, "F16", tmp_path)
+    with pytest.raises(SourceError, match="a GGUF file"):
+        measure_importance(written.path, [TEXT], device="cpu")
 
 
 def test_parts_merge_to_the_whole(tiny_checkpoint: Path, two_chunks: ImportanceMatrix) -> None:
@@ -178,7 +199,7 @@ def test_the_result_fits_the_model_and_changes_its_bytes(
     tiny_checkpoint: Path, two_chunks: ImportanceMatrix, tmp_path: Path
 ) -> None:
     model = gguf3n.read_source(tiny_checkpoint)
-    importance = match_importance(two_chunks, model)
+    importance = match_importance(two_chunks, text_part(model))
     assert importance.notices == ()
     write_imatrix(two_chunks, tmp_path / "i.gguf")
     files = {
@@ -219,7 +240,7 @@ def test_activations_that_are_not_finite(make_checkpoint: Callable[..., Path], t
     source = tmp_path / "broken"
     shutil.copytree(make_checkpoint(), source)
     tensor = read_tensor_table(source)["model.language_model.layers.4.pre_feedforward_layernorm.weight"]
-    with open(tensor.path, "r+b") as file:
+    with open(tensor.file, "r+b") as file:
         file.seek(tensor.offset)
         file.write(b"\xc0\x7f")
     with pytest.raises(QuantizationError, match=r"blk\.4\..*computed in float32"):

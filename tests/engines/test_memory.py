@@ -19,9 +19,14 @@ from gguf3n.engines.memory import (
     check_memory,
     gigabytes,
     llama_cpp_need,
+    models_needs,
     reference_need,
+    source_need,
 )
 from gguf3n.errors import UsageError
+from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.source import open_checkpoint, open_source
+from gguf3n.inspection.subject import Subject
 
 PEAK = """
 import sys
@@ -46,7 +51,7 @@ def peak_bytes(path: Path, module: str, name: str, options: str) -> int:
 def test_reference(dtype: str, tiny_checkpoint: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    need = reference_need(tiny_checkpoint, dtype)
+    need = reference_need(open_checkpoint(tiny_checkpoint), dtype, 512)
     assert need.what == f"the reference in {dtype}"
     peak = peak_bytes(tiny_checkpoint, "reference", "Reference", f"dtype={dtype!r}")
     assert need.n_bytes / 2 < peak < need.n_bytes
@@ -56,7 +61,7 @@ def test_llama_cpp(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     path = tmp_path / "tiny-F16.gguf"
     gguf3n.convert(tiny_checkpoint, "F16", path)
-    need = llama_cpp_need(gguf3n.open_gguf(path), 512)
+    need = llama_cpp_need(Subject(gguf3n.open_gguf(path)), 512)
     assert need.what == "llama.cpp with tiny-F16.gguf"
     peak = peak_bytes(path, "llama_library", "LlamaLibrary", "n_threads=1")
     assert need.n_bytes / 2 < peak < need.n_bytes
@@ -64,12 +69,38 @@ def test_llama_cpp(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_the_reference_needs_what_its_weights_need(tiny_checkpoint: Path, make_checkpoint: Callable[..., Path]) -> None:
     """In bfloat16 half of it, but for some rows of the output matrix; a table in a mapped file is not read."""
-    n_weights = gguf3n.read_source(tiny_checkpoint).n_weights
+    n_weights = text_part(gguf3n.read_source(tiny_checkpoint)).n_weights
     half, widened, table = 2 * n_weights, 4 * memory.HEAD_ROWS * 256, 2 * 1088 * 22 * 256
-    in_float32, in_bfloat16 = (reference_need(tiny_checkpoint, dtype).n_bytes for dtype in ("float32", "bfloat16"))
+    source = open_checkpoint(tiny_checkpoint)
+    in_float32, in_bfloat16 = (reference_need(source, dtype, 512).n_bytes for dtype in ("float32", "bfloat16"))
     assert in_float32 - in_bfloat16 == half - widened + table
-    to_be_converted = make_checkpoint(layout="text-only", dtype="f32")
-    assert in_float32 - reference_need(to_be_converted, "bfloat16").n_bytes == half - widened
+    to_be_converted = open_checkpoint(make_checkpoint(layout="text-only", dtype="f32"))
+    assert in_float32 - reference_need(to_be_converted, "bfloat16", 512).n_bytes == half - widened
+
+
+def test_what_is_run_one_after_the_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A source's own model in the engine that it is run in, then the file that is held against it."""
+    path = tmp_path / "tiny-F16.gguf"
+    gguf3n.convert(tiny_checkpoint, "F16", path)
+    checkpoint, gguf, subject = open_checkpoint(tiny_checkpoint), open_source(path), Subject(gguf3n.open_gguf(path))
+    of_checkpoint, of_file = reference_need(checkpoint, "float32", 64), llama_cpp_need(subject, 64)
+
+    def told(needs: tuple[ModelNeed, ...]) -> list[tuple[str, int, list[str]]]:
+        return [(need.what, need.n_bytes, list(map(str, need.others))) for need in needs]
+
+    saved, server = "--use-reference FILE", "--server URL"
+    smaller = str(memory.SMALLER_STAGES)
+    first = (of_checkpoint.what, of_checkpoint.n_bytes)
+    second = (of_file.what, of_file.n_bytes)
+    other = reference_need(checkpoint, "float32", 64, Alternative(saved), memory.SMALLER_STAGES)
+    assert source_need(checkpoint, "float32", 64, Alternative(saved), memory.SMALLER_STAGES) == other
+    (one, two) = models_needs(checkpoint, subject, 64, "float32", None)
+    assert (one.what, one.n_bytes, one.others) == (*first, other.others)
+    assert (two.what, two.n_bytes, list(map(str, two.others))) == (*second, [server, smaller])
+    (one, two) = models_needs(gguf, subject, 64, "float32", None)
+    assert (one.what, one.n_bytes, list(map(str, one.others))) == (*second, [saved, smaller])
+    assert told(models_needs(None, subject, 64, "float32", None)) == [(*second, [server, smaller])]
+    assert models_needs(None, subject, 64, "float32", "http://elsewhere") == ()
 
 
 def test_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from gguf3n.formats.source import DTYPE_BYTES, SourceTensor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gguf3n.errors import CheckpointError, SourceError
 from gguf3n.formats.checkpoint import INDEX, MAX_HEADER_BYTES, SINGLE, read_header, read_tensor_table
+from gguf3n.formats.rows import DTYPE_BYTES, Stored
 from tests.mutation import Edit, edits, every_run_alike, mutate
 
 Entry = dict[str, Any]
@@ -42,10 +42,10 @@ def test_a_good_file_is_a_list_in_the_order_of_offsets(tmp_path: Path) -> None:
     path.write_bytes(GOOD)
     start = len(GOOD) - 32
     assert read_header(path) == [
-        SourceTensor("a", "F32", (2, 3), path, start),
-        SourceTensor("b", "BF16", (4,), path, start + 24),
+        Stored("a", "F32", (2, 3), path, start),
+        Stored("b", "BF16", (4,), path, start + 24),
     ]
-    assert {tensor.name: tensor.n_bytes for tensor in read_tensor_table(tmp_path).values()} == {"a": 24, "b": 8}
+    assert {tensor.name: tensor.stored_bytes for tensor in read_tensor_table(tmp_path).values()} == {"a": 24, "b": 8}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_what_the_safetensors_library_writes(
     data = path.read_bytes()
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in table.items()} == specs
     for name, tensor in table.items():
-        assert data[tensor.offset : tensor.offset + tensor.n_bytes] == arrays[name].tobytes()
+        assert data[tensor.offset : tensor.offset + tensor.stored_bytes] == arrays[name].tobytes()
 
 
 @given(edits, st.booleans())
@@ -336,8 +336,8 @@ def test_changed_bytes_are_a_checkpoint_error_or_still_consistent(
     position = 8 + header_bytes
     for tensor in tensors:
         assert tensor.offset == position
-        assert tensor.n_bytes == math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
-        position += tensor.n_bytes
+        assert tensor.stored_bytes == math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        position += tensor.stored_bytes
     assert position == len(content)
 
 
@@ -362,6 +362,6 @@ def test_any_json_is_a_checkpoint_error_or_an_empty_checkpoint(
 ) -> None:
     write(tmp_path, value)
     try:
-        assert not [tensor for tensor in read_tensor_table(tmp_path).values() if tensor.n_bytes]
+        assert not [tensor for tensor in read_tensor_table(tmp_path).values() if tensor.stored_bytes]
     except CheckpointError as error:
         assert str(tmp_path) in str(error)

@@ -460,7 +460,7 @@ class TestTensorTable:
         assert whole == [False] * len(complete["weights"]) + [True] * len(complete["weights"])
         local = read_tensor_table(Path(complete["directory"]))
         assert from_headers["table"] == [
-            [t.name, t.dtype, list(t.shape), str(t.path), t.offset] for t in local.values()
+            [t.name, t.dtype, list(t.shape), str(t.file), t.offset, str(t.error)] for t in local.values()
         ]
         assert client.offline().fetch(table=True)["table"] == from_headers["table"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gguf3n.errors import ConfigError, SourceError
-from gguf3n.gemma3n.config import FIELDS, LLAMA_CPP_FIXED, MAX_LAYERS, Config, parse_config, read_config
+from gguf3n.gemma3n.config import FIELDS, LLAMA_CPP_FIXED, MAX_LAYERS, Config, load_config, parse_config
 from gguf3n.gemma3n.published import PUBLISHED
 from tests import micro
 from workshop import checkpoints
@@ -278,13 +278,13 @@ def test_what_llama_cpp_would_get_wrong(change: dict[str, Any], said: str) -> No
 def test_a_broken_file(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        read_config(tmp_path)
+        parse_config(load_config(tmp_path), tmp_path / "config.json")
     assert caught.value.what == f"{tmp_path / 'config.json'}: {said}"
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
-        read_config(tmp_path)
+        parse_config(load_config(tmp_path), tmp_path / "config.json")
     assert type(caught.value) is SourceError
     assert caught.value.what == f"{tmp_path / 'config.json'}: missing"
 

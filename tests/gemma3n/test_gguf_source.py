@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGUFValueType
 
 import gguf3n
-from gguf3n.errors import Gguf3nError, MappingError, SourceError, UsageError
+from gguf3n.errors import Gguf3nError, GGUFError, MappingError, SourceError, UsageError
 from gguf3n.formats.gguf_layout import KeyValue, QType
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
+from gguf3n.gemma3n.part import text_part
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def full(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def split(path: Path, directory: Path, n_parts: int) -> list[Path]:
     """The file in parts, as llama-gguf-split makes them: all keys in the first."""
-    model = gguf3n.read_gguf(path)
+    keys = text_part(gguf3n.read_gguf(path)).keys
     tensors = list(gguf3n.open_gguf(path).tensors.values())
     step = -(-len(tensors) // n_parts)
     parts = []
@@ -34,7 +36,7 @@ def split(path: Path, directory: Path, n_parts: int) -> list[Path]:
             KeyValue("split.count", GGUFValueType.UINT16, n_parts),
             KeyValue("split.tensors.count", GGUFValueType.INT32, len(tensors)),
         ]
-        layout = lay_out([*(model.keys if i == 0 else ()), *numbers], [(t.name, t.shape, t.qtype) for t in some])
+        layout = lay_out([*(keys if i == 0 else ()), *numbers], [(t.name, t.shape, t.qtype) for t in some])
         target = directory / f"tiny-BF16-{i + 1:05d}-of-{n_parts:05d}.gguf"
         with GGUFWriter(target, layout) as writer:
             for tensor, slot in zip(some, layout.slots, strict=True):
@@ -59,7 +61,7 @@ def test_any_part_of_a_split_file_names_the_whole(full: Path, tmp_path: Path) ->
     (joined,) = gguf3n.convert(model, "Q8_0", tmp_path / "joined.gguf")
     assert joined.path.read_bytes() == whole.path.read_bytes()
     parts[2].unlink()
-    with pytest.raises(SourceError, match="00003-of-00003"):
+    with pytest.raises(GGUFError, match="00003-of-00003"):
         gguf3n.read_gguf(parts[0])
 
 
@@ -103,4 +105,40 @@ def test_what_is_no_gemma_3n_is_refused(
     with GGUFWriter(path, lay_out(keys, tensors)) as writer:
         writer.commit()
     with pytest.raises(error, match=r"other\.gguf"):
+        text_part(gguf3n.read_gguf(path))
+
+
+def write_all(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_another_byte_order_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3n", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+    write_all(writer)
+    with pytest.raises(GGUFError, match="big-endian"):
         gguf3n.read_gguf(path)
+
+
+def test_parts_that_do_not_belong_together_are_refused(full: Path, tmp_path: Path) -> None:
+    """Before the model is looked at, as in every other use of a split file."""
+    parts = split(full, tmp_path, 3)
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(GGUFError, match="is in two parts"):
+        gguf3n.read_gguf(parts[0])
+
+
+def test_what_is_quantized_is_told_before_the_model_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    keys = [KeyValue("general.architecture", GGUFValueType.STRING, "llama")]
+    with GGUFWriter(path, lay_out(keys, [("token_embd.weight", (4, 32), QType.Q8_0)])) as writer:
+        writer.commit()
+    with pytest.raises(UsageError, match="quantized already") as caught:
+        gguf3n.read_gguf(path)
+    assert caught.value.found == "Q8_0"
+    with pytest.raises(SourceError, match="not a Gemma 3n"):
+        text_part(gguf3n.read_gguf(path, allow_requantize=True))

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import LlamaFileType, TokenType
-from gguf3n.gemma3n.model import read_checkpoint
 
 from gguf3n.errors import ConfigError
 from gguf3n.formats.gguf_layout import KeyValue
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
-from gguf3n.gemma3n.metadata import KEYS, file_keys, general_keys, model_keys, sparsity_scales, tokenizer_keys
+from gguf3n.gemma3n.metadata import file_keys, general_keys, tokenizer_keys
+from gguf3n.gemma3n.part import Part, text_part
 from gguf3n.gemma3n.published import PUBLISHED
+from gguf3n.gemma3n.source import open_source
+from gguf3n.gemma3n.text import ARCH, KEYS, model_keys, sparsity_scales
 from gguf3n.gemma3n.tokenizer import Vocabulary
 from tests import micro
 
@@ -76,6 +78,11 @@ TOKENIZER_KEYS: dict[str, tuple[str, Any]] = {
     "tokenizer.chat_template.rag": ("string", "three"),
     "tokenizer.chat_template.tool_use": ("string", "two"),
 }
+
+
+def part_of(directory: Path) -> Part:
+    """The text model of a checkpoint."""
+    return text_part(open_source(directory))
 
 
 def written(keys: list[KeyValue], directory: Path) -> dict[str, tuple[str, Any]]:
@@ -169,7 +176,7 @@ def general(
     for name, text in (("README.md", readme), ("generation_config.json", generation)):
         if text is not None:
             (directory / name).write_text(text, "utf-8")
-    return written(general_keys(directory, repo_id, N_WEIGHTS), directory)
+    return written(general_keys(directory, repo_id, ARCH, N_WEIGHTS), directory)
 
 
 def test_the_general_keys(tmp_path: Path) -> None:
@@ -220,18 +227,18 @@ def test_a_hub_id_says_the_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spelling", [".", "../mine", "./", "../mine/."])
 def test_the_spelling_of_a_path_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
     micro.make(tmp_path / "mine")
-    expected = read_checkpoint(tmp_path / "mine")
+    expected = part_of(tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
-    model = read_checkpoint(Path(spelling))
-    assert (model.name, model.keys) == (expected.name, expected.keys)
-    assert model.name == "mine"
+    model = part_of(Path(spelling))
+    assert (model.source.name, model.keys) == (expected.source.name, expected.keys)
+    assert model.source.name == "mine"
 
 
 def test_a_link_has_the_name_that_was_given(tmp_path: Path) -> None:
     micro.make(tmp_path / "data")
     (tmp_path / "mine").symlink_to(tmp_path / "data")
-    model = read_checkpoint(tmp_path / "mine")
-    assert model.name == "mine"
+    model = part_of(tmp_path / "mine")
+    assert model.source.name == "mine"
     assert {key.name: key.value for key in model.keys}["general.name"] == "Mine"
 
 
@@ -320,21 +327,21 @@ def test_whole_numbers_for_fractions(tmp_path: Path) -> None:
 
 
 def test_no_key_is_written_twice_and_every_value_fits_its_type(tmp_path: Path) -> None:
-    keys = read_checkpoint(micro.make(tmp_path / "mine", readme=CARD)).keys
+    keys = part_of(micro.make(tmp_path / "mine", readme=CARD)).keys
     assert len({key.name for key in keys}) == len(keys)
     assert struct.unpack("<Q", lay_out(keys, []).header[16:24]) == (len(keys),)
 
 
 def test_a_notice_where_there_is_no_chat_template(tmp_path: Path) -> None:
     directory = micro.make(tmp_path / "mine")
-    with_template = read_checkpoint(directory).notices
+    with_template = part_of(directory).notices
     (directory / "chat_template.jinja").unlink()
-    without = read_checkpoint(directory).notices
+    without = part_of(directory).notices
     assert [notice for notice in without if notice not in with_template] == [
         "the checkpoint has no chat template; chat programs will fall back to one of their own"
     ]
 
 
 def test_notices_of_what_llama_cpp_has_built_in(tmp_path: Path) -> None:
-    notices = read_checkpoint(micro.make(tmp_path / "mine")).notices
+    notices = part_of(micro.make(tmp_path / "mine")).notices
     assert [notice for notice in notices if "n_kv_layers = 20 built in" in notice]

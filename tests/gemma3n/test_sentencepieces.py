@@ -11,11 +11,12 @@ import pytest
 
 from gguf3n.errors import TokenizerError
 from gguf3n.gemma3n.sentencepieces import SentencePieces
+from gguf3n.gemma3n.source import open_checkpoint
 
 
 @pytest.fixture(scope="module")
 def pieces(make_checkpoint: Callable[..., Path]) -> SentencePieces:
-    return SentencePieces(make_checkpoint(tokenizer="model"))
+    return SentencePieces(open_checkpoint(make_checkpoint(tokenizer="model")))
 
 
 def test_control_tokens_in_the_text(pieces: SentencePieces) -> None:
@@ -44,11 +45,11 @@ def test_what_is_added(make_checkpoint: Callable[..., Path], tmp_path: Path) -> 
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(config | {"add_bos_token": False, "add_eos_token": True}), "utf-8")
-    assert SentencePieces(directory).encode("<pad>") == [0, 1]
+    assert SentencePieces(open_checkpoint(directory)).encode("<pad>") == [0, 1]
 
 
 def test_no_tokenizer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = Path(shutil.copytree(make_checkpoint(tokenizer="model"), tmp_path / "checkpoint"))
     (directory / "tokenizer.model").unlink()
     with pytest.raises(TokenizerError, match="no tokenizer"):
-        SentencePieces(directory)
+        SentencePieces(open_checkpoint(directory))

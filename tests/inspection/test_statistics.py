@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -23,6 +24,9 @@ from gguf3n.formats import checkpoint
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.gguf_writer import lay_out
+from gguf3n.formats.rows import SourceTensor, View, Zeros
+from gguf3n.gemma3n import source as sources
+from gguf3n.gemma3n.source import open_source
 from gguf3n.inspection import statistics
 from gguf3n.inspection.network import Kind, Section, kind, place, short_name
 from gguf3n.inspection.statistics import (
@@ -34,6 +38,7 @@ from gguf3n.inspection.statistics import (
     f16_risks,
     measure_statistics,
 )
+from gguf3n.progress import Progress
 from tests import micro
 from workshop import checkpoints
 
@@ -278,10 +283,15 @@ def test_sources_that_cannot_be_measured(tmp_path: Path) -> None:
         measure_statistics(tmp_path, revision="main")
     with pytest.raises(SourceError):
         measure_statistics(tmp_path)
-    with pytest.raises(GGUFError):
+    with pytest.raises(SourceError, match=r"missing\.gguf: no such"):
         measure_statistics(tmp_path / "missing.gguf")
     big = tmp_path / "big.gguf"
-    big.write_bytes(b"GGUF" + bytes([0, 0, 0, 3]) + bytes(16))
+    writer = gguf.GGUFWriter(big, "gemma3n", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     with pytest.raises(GGUFError, match="big-endian"):
         measure_statistics(big)
 
@@ -294,17 +304,54 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         (directory / "model.safetensors").write_bytes(b"")
         return table
 
-    monkeypatch.setattr(statistics, "read_tensor_table", late)
+    monkeypatch.setattr(sources, "read_tensor_table", late)
     with pytest.raises(SourceError, match="became shorter") as raised:
         measure_statistics(directory)
     assert not isinstance(raised.value, CheckpointError) or raised.value.exit_code == 5
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     directory = stored(tmp_path / "x", {"a": np.ones((300, 10), np.float32), "b": np.ones(7, np.float16)})
-    measure_statistics(directory, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (12_014, 12_014)
+    measure_statistics(directory, progress=seen.append)
+    assert (seen[-1].done, seen[-1].total) == (12_014, 12_014)
+    assert {(state.stage, state.unit, state.total) for state in seen} == {("reading tensors", "bytes", 12_014)}
+
+
+def test_a_source_that_is_open(tmp_path: Path) -> None:
+    directory = stored(tmp_path / "x", {"a": np.ones((300, 10), np.float32)})
+    assert measure_statistics(open_source(directory)) == measure_statistics(directory)
+
+
+def test_rows_of_other_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice, and rows that no file has, of which nothing is read: as the same values in a file."""
+    monkeypatch.setattr(statistics, "FLOAT_WEIGHTS", 64)
+    monkeypatch.setattr(statistics, "HISTOGRAM_WEIGHTS", 64)
+    rng = np.random.default_rng(0)
+    matrix, conv = rng.standard_normal((30, 20), np.float32), rng.standard_normal((6, 4, 3, 5), np.float32)
+    opened = open_source(stored(tmp_path / "x", {"a": matrix, CONV: conv}))
+    (rows,), (filters,) = (opened.tensors[name].rows for name in ("a", CONV))
+    tensors = {
+        "a": SourceTensor("a", (12, 12), (View(rows, range(3, 13), (range(15, 20), range(7))), Zeros(2, 12))),
+        CONV: SourceTensor(CONV, (4, 4, 3, 5), (View(filters, range(24, 72), (range(5),)),)),
+    }
+    found = measure_statistics(dataclasses.replace(opened, tensors=tensors))
+    cut = np.zeros((12, 12), np.float32)
+    cut[:10] = np.hstack([matrix[3:13, 15:], matrix[3:13, :7]])
+    expected = measure_statistics(stored(tmp_path / "y", {"a": cut, CONV: conv[2:]}))
+    assert [tensor.name for tensor in found.tensors] == [tensor.name for tensor in expected.tensors]
+    for one, two in zip(found.tensors, expected.tensors, strict=True):
+        assert (one.shape, one.dtype, one.kind) == (two.shape, two.dtype, two.kind)
+        assert one.part.largest_sum == pytest.approx(two.part.largest_sum)
+        for name in ("minimum", "maximum", "n_zero", "f16_zero", "f16_subnormal", "f16_overflow"):
+            assert getattr(one.part, name) == getattr(two.part, name), name
+        assert one.part.moments.n == two.part.moments.n
+        assert one.part.moments.mean == pytest.approx(two.part.moments.mean)
+
+
+def test_tensors_of_no_weights(tmp_path: Path) -> None:
+    made = {"a": np.empty((0, 4), np.float32), CONV: np.empty((0, 4, 3, 3), np.float32), "b": np.empty(0, np.float16)}
+    assert len(measure_statistics(stored(tmp_path / "x", made)).tensors) == 3
 
 
 # the network

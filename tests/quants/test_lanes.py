@@ -14,6 +14,8 @@ import pytest
 
 import gguf3n
 from gguf3n.quants import lanes
+from gguf3n.quants.lanes import kernel, weigh
+from gguf3n.quants.vectors import load
 
 EVERY_HALF = np.arange(65536, dtype=np.uint16)
 ODD_FLOATS = np.array(
@@ -142,3 +144,32 @@ def test_compiled_kernels_are_kept_for_the_sources_of_the_whole_package(tmp_path
     with open(package / "quants" / "q2_k.py", "a") as file:
         file.write("\n# changed\n")
     assert [hits(), hits()] == [0, 1]
+
+
+def test_half_precision_is_written_low_byte_first() -> None:
+    y = np.zeros(3, dtype=np.uint8)
+    assert lanes.write_f16(np.float32(0.1), y) == np.float32(np.float16(0.1))
+    assert y.tobytes() == np.float16(0.1).tobytes() + b"\0"
+
+
+def test_gather_repeats_the_last_row() -> None:
+    rows = np.arange(20 * 96, dtype=np.float32).reshape(20, 96)
+    for first, expected in ((0, range(16)), (16, [16, 17, 18, *[19] * 13])):
+        S = np.zeros((40, 16), dtype=np.float32)
+        lanes.gather(rows, first, 32, 32, S)
+        assert np.array_equal(S[:32], rows[list(expected), 32:64].T)
+        assert not S[32:].any()
+
+
+@kernel
+def weigh_two(S: np.ndarray, quant_weights: np.ndarray | None) -> None:
+    weigh(S, 1, 2, quant_weights, 3, load(S, 0), 4)
+
+
+def test_importances_with_quant_weights_and_without() -> None:
+    S = np.random.default_rng(0).standard_normal((6, 16), dtype=np.float32) ** 2
+    quant_weights = np.arange(5, dtype=np.float32)
+    weigh_two(S, quant_weights)
+    assert np.array_equal(S[4:], quant_weights[3:, None] * np.sqrt(S[0] + S[1:3] * S[1:3]))
+    weigh_two(S, None)
+    assert np.array_equal(S[4:], S[1:3] * S[1:3])

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
 from gguf.constants import LlamaFileType
-from gguf3n.gemma3n.tensors import Storage
 
 import gguf3n
 from gguf3n.conversion import read_recipe
 from gguf3n.errors import MappingError, SourceError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_writer import lay_out
+from gguf3n.gemma3n.mapping import Storage
 from gguf3n.recipes import Keep, extract_recipe, find_recipe, format_recipe, preset_names
 from gguf3n.recipes.extract import recipe_name
 from tests.recipes.facts import all_types, types

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
 from gguf.quants import dequantize
-from gguf3n.gemma3n.model import Model
 
 from gguf3n.formats.gguf_reader import open_part
+from gguf3n.formats.rows import Stored, Zeros
+from gguf3n.gemma3n.part import Part
 from gguf3n.quants.api import quantize
 
 
@@ -24,7 +25,7 @@ class Planter:
     """A file to plant faults in, and the source it was made from. `quant_weights` by tensor."""
 
     path: Path
-    source: Model
+    source: Part
     quant_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
@@ -32,11 +33,12 @@ class Planter:
         (tensor,) = [tensor for tensor in self.source.tensors if tensor.name == name]
         pieces = []
         for rows in tensor.rows:
-            if rows.source is None:
+            if isinstance(rows, Zeros):
                 pieces.append(np.zeros((rows.n_rows, tensor.n_per_row), np.float32))
                 continue
-            raw = np.fromfile(rows.source.path, np.uint8, rows.source.n_bytes, offset=rows.source.offset)
-            pieces.append(dequantize(raw, QType[rows.source.dtype]).reshape(rows.n_rows, tensor.n_per_row))
+            assert isinstance(rows, Stored), rows
+            raw = np.fromfile(rows.file, np.uint8, rows.stored_bytes, offset=rows.offset)
+            pieces.append(dequantize(raw, QType[rows.dtype]).reshape(rows.n_rows, tensor.n_per_row))
         return np.concatenate(pieces).reshape(tensor.shape).astype(np.float32)
 
     def write(self, name: str, values: np.ndarray) -> str:

@@ -11,19 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
-from gguf3n.gemma3n.model import Model
 
 import gguf3n
+from gguf3n.conversion import plan_all
 from gguf3n.engines import memory
 from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.engines.llama_process import LlamaProcess
 from gguf3n.engines.reference import Reference
 from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.logprobs import open_logprobs, write_logprobs
+from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.gemma3n.source import open_checkpoint, open_source
+from gguf3n.inspection.subject import Subject
+from gguf3n.progress import Progress
 from gguf3n.quants import QUANTIZERS
+from gguf3n.recipes import find_recipe
 from gguf3n.validation import logits
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.logits import LIMITS, Limits, base_qtype, check_logits, judge, limits_for, read_chunks
+from gguf3n.validation.logits import LIMITS, Limits, base_qtype, judge, limits_for, prepare_logits, read_chunks
+from gguf3n.validation.options import parse_validation
 from gguf3n.validation.result import Verdict
 from tests.validation.plant_keys import set_key
 
@@ -52,7 +59,10 @@ def saved(q8_0: Path, tiny_checkpoint: Path) -> Path:
 
 
 def check(path: Path, reference: Path, **options: Any) -> logits.LogitsResult:
-    return check_logits(path, reference, **{"threads": 1, **options})
+    """Both models over a text, as the stage runs them."""
+    progress, notice = options.pop("progress", None), options.pop("notice", None)
+    parsed = parse_validation(**{"threads": 1, **options})
+    return prepare_logits(Candidate(path), open_source(reference), parsed, notice).run(progress)
 
 
 # protocol
@@ -60,7 +70,7 @@ def check(path: Path, reference: Path, **options: Any) -> logits.LogitsResult:
 
 def test_by_hand(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
     """The same measured without the stage: two chunks, begin mark first, second halves, tokens that follow."""
-    ids = read_chunks(tiny_checkpoint, None, 10**6, N_CTX * N_CHUNKS)[0].tolist()
+    ids = read_chunks(open_source(tiny_checkpoint), None, 10**6, N_CTX * N_CHUNKS)[0].tolist()
     chunks = [[2, *ids[1:N_CTX]], [2, *ids[N_CTX + 1 :]]]
     assert ids[N_CTX] != 2
     with Reference(tiny_checkpoint) as reference, LlamaProcess(q8_0, n_threads=1) as engine:
@@ -81,12 +91,13 @@ def test_by_hand(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
 
 
 def test_what_is_said_meanwhile(q8_0: Path, tiny_checkpoint: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     notices: list[str] = []
     options: dict[str, Any] = {"n_tokens": 40, "n_ctx": 20}
-    check(q8_0, tiny_checkpoint, progress=lambda *at: seen.append(at), notice=notices.append, **options)
+    check(q8_0, tiny_checkpoint, progress=seen.append, notice=notices.append, **options)
     total = 2 * 2 * 9
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert [(at.done, at.total) for at in seen] == [(done, total) for done in range(1, total + 1)]
+    assert {(at.stage, at.unit) for at in seen} == {("logits", "positions")}
     (notice,) = notices
     assert re.fullmatch(
         r"memory: the reference in float32 \d+ MB; llama\.cpp with tiny-Q8_0\.gguf \d+ MB; \d+ MB on the disk in .+; "
@@ -102,7 +113,7 @@ def test_what_is_said_meanwhile(q8_0: Path, tiny_checkpoint: Path) -> None:
 def test_chunks(n_ctx: int, n_tokens: int, shape: tuple[int, int] | None, tiny_checkpoint: Path) -> None:
     text = "The harbour wakes before the town does. " * 400
     ids = Reference(tiny_checkpoint).tokenize(text) if shape is None else []
-    chunks = read_chunks(tiny_checkpoint, text, n_ctx, n_tokens)
+    chunks = read_chunks(open_source(tiny_checkpoint), text, n_ctx, n_tokens)
     assert chunks.shape == (shape or (1, len(ids)))
     assert chunks.dtype == np.int32
     assert (chunks[:, 0] == 2).all()
@@ -111,8 +122,8 @@ def test_chunks(n_ctx: int, n_tokens: int, shape: tuple[int, int] | None, tiny_c
 
 def test_a_text_without_a_second_half(tiny_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="the text is too short"):
-        read_chunks(tiny_checkpoint, "", 512, 1024)
-    assert read_chunks(tiny_checkpoint, "abcdef", 512, 1024).shape[0] == 1
+        read_chunks(open_source(tiny_checkpoint), "", 512, 1024)
+    assert read_chunks(open_source(tiny_checkpoint), "abcdef", 512, 1024).shape[0] == 1
 
 
 # saved references
@@ -243,7 +254,7 @@ def test_every_type_has_limits() -> None:
 )
 def test_base_type(quant: str, expected: QType, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (written,) = gguf3n.convert(tiny_checkpoint, quant, tmp_path / "x.gguf")
-    assert base_qtype(gguf3n.open_gguf(written.path)) is expected
+    assert base_qtype(Subject(gguf3n.open_gguf(written.path))) is expected
 
 
 def divergence(mean: float, top1: float = 1.0) -> Divergence:
@@ -272,28 +283,28 @@ def test_verdicts() -> None:
 # faults
 
 
-def swapped(model: Model) -> Model:
+def swapped(part: Part) -> Part:
     """Two neighbouring layers change places."""
-    rows = {tensor.name: tensor.rows for tensor in model.tensors}
+    rows = {tensor.name: tensor.rows for tensor in part.tensors}
     other = {3: 4, 4: 3}
     return dataclasses.replace(
-        model,
+        part,
         tensors=tuple(
             dataclasses.replace(t, rows=rows[t.name.replace(f"blk.{t.bid}.", f"blk.{other[t.bid]}.")])
             if t.bid in other
             else t
-            for t in model.tensors
+            for t in part.tensors
         ),
     )
 
 
-def rotated(model: Model) -> Model:
+def rotated(part: Part) -> Part:
     """The AltUp matrices of a stack, in another order."""
     return dataclasses.replace(
-        model,
+        part,
         tensors=tuple(
             dataclasses.replace(t, rows=(*t.rows[1:], t.rows[0])) if t.name == "altup_proj.weight" else t
-            for t in model.tensors
+            for t in part.tensors
         ),
     )
 
@@ -301,10 +312,10 @@ def rotated(model: Model) -> Model:
 @pytest.mark.parametrize("quant", ["F16", "Q8_0"])
 @pytest.mark.parametrize("fault", [swapped, rotated])
 def test_tensors_in_the_wrong_place_fail(
-    fault: Callable[[Model], Model], quant: str, tiny_checkpoint: Path, saved: Path, tmp_path: Path
+    fault: Callable[[Part], Part], quant: str, tiny_checkpoint: Path, saved: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "faulty.gguf"
-    gguf3n.convert(fault(gguf3n.read_source(tiny_checkpoint)), quant, path)
+    gguf3n.write(plan_all(fault(text_part(gguf3n.read_source(tiny_checkpoint))), [find_recipe(quant)]), path)
     result = check(path, tiny_checkpoint, use_reference=saved)
     assert result.verdict is Verdict.FAIL, result.divergence
 
@@ -356,7 +367,7 @@ def test_what_makes_llama_cpp_abort_is_an_error(q8_0: Path, tiny_checkpoint: Pat
 def test_too_little_memory(
     q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = memory.reference_need(tiny_checkpoint, "bfloat16").n_bytes
+    need = memory.reference_need(open_checkpoint(tiny_checkpoint), "bfloat16", 512).n_bytes
     monkeypatch.setattr(memory, "available_bytes", lambda: need)
     notices: list[str] = []
     with pytest.raises(UsageError, match="not enough memory for the reference in float32") as error:

@@ -21,13 +21,15 @@ from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.formats.whole_file import WholeFile
 from gguf3n.inspection import lint
-from gguf3n.validation import report
+from gguf3n.validation import document as pages
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.divergence import Divergence
+from gguf3n.validation.document import as_html, as_markdown
 from gguf3n.validation.logits import Limits, LogitsResult
-from gguf3n.validation.report import as_html, as_markdown, check_report, document, write_report
+from gguf3n.validation.report import check_report, document, write_report
 from gguf3n.validation.result import Problem, Stage, StageResult, Verdict
 from gguf3n.validation.structure import StructureResult
-from gguf3n.validation.tensors import TensorError, TensorsResult
+from gguf3n.validation.tensor_errors import TensorError, TensorsResult
 from gguf3n.validation.tokens import TokensResult
 from gguf3n.validation.validate import Validation
 
@@ -78,7 +80,7 @@ def file(tmp_path: Path) -> Path:
 def validation(
     file: Path, results: Mapping[Stage, StageResult] | None = None, reference: str = "google/gemma-3n-E2B-it"
 ) -> Validation:
-    return Validation(file, reference, stages() if results is None else results)
+    return Validation(Candidate(file), reference, stages() if results is None else results)
 
 
 class Page(html.parser.HTMLParser):
@@ -164,7 +166,7 @@ def test_tables_count_the_tensors_of_each_type(file: Path) -> None:
     wrong = (Problem(Verdict.FAIL, "blk.1.attn_q.weight", "wrong"),)
     page = document(validation(file, stages(wrong)), now=NOW, with_pictures=False)
     (section,) = [section for section in page.sections if section.title == "Tensors"]
-    tables = [block for block in section.blocks if isinstance(block, report.Table)]
+    tables = [block for block in section.blocks if isinstance(block, pages.Table)]
     assert tables[0].rows == (
         ("Q6_K", "31", "0.02", "0.035", "0.05", "0.06 to 0.08", "0"),
         ("Q4_K", "1", "1.41", "1.41", "1.41", "0.06 to 0.08", "1"),
@@ -216,9 +218,9 @@ def test_what_a_file_says_is_only_text_in_markdown(file: Path) -> None:
 
 @pytest.mark.parametrize("text", ["a", "`", "``", "a`b``c", "`a`", "a\\", "<b>", "*x* _y_ [z](u)", "&amp;", " a"])
 def test_names_are_code_whatever_they_are(text: str) -> None:
-    in_table = report._markdown_code(text + "|" + text, in_table=True)
+    in_table = pages._markdown_code(text + "|" + text, in_table=True)
     for markdown, wanted in (
-        (report._markdown_code(text + "|"), f"{text.strip()}|"),
+        (pages._markdown_code(text + "|"), f"{text.strip()}|"),
         (f"|x|y|\n|-|-|\n| {in_table} | 1 |", f"x y {text.strip()}|{text} 1"),
     ):
         page = rendered(markdown)
@@ -254,7 +256,7 @@ def test_many_problems_are_cut(file: Path) -> None:
     results = {Stage.TENSORS: TensorsResult((*problems, Problem(Verdict.FAIL, "worst", "bad")), 1.0, (), False)}
     for make in (as_html, as_markdown):
         text = make(document(validation(file, results), now=NOW))
-        assert text.count("odd") == report.N_PROBLEMS - 1 and "and 31 more" in text
+        assert text.count("odd") == pages.N_PROBLEMS - 1 and "and 31 more" in text
         assert text.index("worst") < text.index("t0")
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf3n.gemma3n.model import Model
 
 import gguf3n
 from gguf3n.conversion import read_gguf, read_source
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_reader import open_part
+from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.result import Verdict
 from gguf3n.validation.structure import check_structure
 from tests.validation.plant_keys import FAULTS, SCORES, TEMPLATE, TOKENS, TYPES, change, set_key, unset_key, values
@@ -24,8 +25,8 @@ from workshop.places import FIXTURES
 
 
 @pytest.fixture(scope="module")
-def source(tiny_checkpoint: Path) -> Model:
-    return read_source(tiny_checkpoint)
+def source(tiny_checkpoint: Path) -> Part:
+    return text_part(read_source(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def copy(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(sound, tmp_path / "copy.gguf"))
 
 
-def found(path: Path, source: Model) -> dict[str, str]:
+def found(path: Path, source: Part) -> dict[str, str]:
     """What is said of each key."""
-    result = check_structure(path, source)
+    result = check_structure(Candidate(path), source)
     return {problem.where: problem.what for problem in result.problems}
 
 
@@ -65,7 +66,7 @@ def test_sound(options: dict[str, Any], sound: Path, make_checkpoint: Callable[.
     path = tmp_path / "own.gguf"
     gguf3n.convert(directory, "Q4_0", path)
     for each in (path, sound):
-        result = check_structure(each, read_source(directory))
+        result = check_structure(Candidate(each), text_part(read_source(directory)))
         assert result.problems == ()
         assert result.verdict is Verdict.PASS
         assert result.lint.n_checks > 0
@@ -73,30 +74,30 @@ def test_sound(options: dict[str, Any], sound: Path, make_checkpoint: Callable[.
 
 def test_a_gguf_source(tiny_checkpoint: Path, sound: Path, tmp_path: Path) -> None:
     gguf3n.convert(tiny_checkpoint, "BF16", tmp_path / "bf16.gguf")
-    assert check_structure(sound, read_gguf(tmp_path / "bf16.gguf")).problems == ()
+    assert check_structure(Candidate(sound), text_part(read_gguf(tmp_path / "bf16.gguf"))).problems == ()
 
 
 @pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.structure])
-def test_faults(name: str, copy: Path, source: Model) -> None:
+def test_faults(name: str, copy: Path, source: Part) -> None:
     fault = FAULTS[name]
     fault.plant(copy)
-    result = check_structure(copy, source)
+    result = check_structure(Candidate(copy), source)
     assert fault.structure in {problem.where for problem in result.problems}
     assert result.verdict is (Verdict.WARN if "structure" in fault.warns else Verdict.FAIL)
 
 
 @pytest.mark.parametrize("key", ["gemma3n.rope.freq_base", "gemma3n.attention.sliding_window_pattern"])
-def test_a_key_without_items(key: str, copy: Path, source: Model) -> None:
+def test_a_key_without_items(key: str, copy: Path, source: Part) -> None:
     set_key(copy, key, "float32[]", [])
     assert found(copy, source)[key].endswith(" items, found 0")
 
 
-def test_token_types_that_are_no_numbers(copy: Path, source: Model) -> None:
+def test_token_types_that_are_no_numbers(copy: Path, source: Part) -> None:
     set_key(copy, "tokenizer.ggml.token_type", "float32[]", [float("nan")] * 1088)
     assert "type -1 found" in found(copy, source)["tokenizer.ggml.token_type"]
 
 
-def test_what_is_said(copy: Path, source: Model) -> None:
+def test_what_is_said(copy: Path, source: Part) -> None:
     """Expected and found, and where in an array."""
     for name in ("wrong rope base", "wrong sliding pattern", "shared_kv_layers off by one", "wrong sparsity"):
         FAULTS[name].plant(copy)
@@ -109,7 +110,7 @@ def test_what_is_said(copy: Path, source: Model) -> None:
     assert said["gemma3n.attention.sliding_window_pattern"] == pattern
 
 
-def test_what_is_said_of_a_vocabulary(sound: Path, source: Model, tmp_path: Path) -> None:
+def test_what_is_said_of_a_vocabulary(sound: Path, source: Part, tmp_path: Path) -> None:
     expected = values(sound, TOKENS)
     said = {}
     for name in ("vocabulary shifted up", "vocabulary shifted down", "a token's text", "two scores swapped"):
@@ -127,12 +128,12 @@ def test_what_is_said_of_a_vocabulary(sound: Path, source: Model, tmp_path: Path
     assert swapped.endswith("-500 expected, -800 found")
 
 
-def test_several_token_texts(copy: Path, source: Model) -> None:
+def test_several_token_texts(copy: Path, source: Part) -> None:
     change(TOKENS, "string[]", lambda old: [f"{t}qq" if 700 <= i < 717 else t for i, t in enumerate(old)])(copy)
     assert found(copy, source)[TOKENS].startswith("17 tokens differ, the first at id 700: ")
 
 
-def test_as_llama_cpp_converts(copy: Path, source: Model) -> None:
+def test_as_llama_cpp_converts(copy: Path, source: Part) -> None:
     """The values that convert_hf_to_gguf.py wrote for the same checkpoint; long ones are kept as digests there."""
     written = json.loads((FIXTURES / "llama_cpp" / "tiny.json").read_text("utf-8"))["types"]["Q8_0"]
     names = [name[len("key ") : -len("/value")] for name in written if name.endswith("/value")]
@@ -145,7 +146,7 @@ def test_as_llama_cpp_converts(copy: Path, source: Model) -> None:
             set_key(copy, name, of if of == kind else f"{of}[]", json.loads(value))
             n += 1
     assert n > 20
-    assert check_structure(copy, source).problems == ()
+    assert check_structure(Candidate(copy), source).problems == ()
 
 
 def other_converters(path: Path) -> None:
@@ -173,9 +174,9 @@ def other_converters(path: Path) -> None:
     set_key(path, TEMPLATE, "string", f"{template}\n\n")
 
 
-def test_what_other_converters_do(copy: Path, source: Model) -> None:
+def test_what_other_converters_do(copy: Path, source: Part) -> None:
     other_converters(copy)
-    assert check_structure(copy, source).problems == ()
+    assert check_structure(Candidate(copy), source).problems == ()
 
 
 def cut(path: Path, n_tokens: int) -> None:
@@ -190,36 +191,36 @@ def cut(path: Path, n_tokens: int) -> None:
         change(key, kind, lambda old: old[:n_tokens])(path)
 
 
-def test_without_padding(tiny_checkpoint: Path, copy: Path, source: Model, tmp_path: Path) -> None:
+def test_without_padding(tiny_checkpoint: Path, copy: Path, source: Part, tmp_path: Path) -> None:
     """1,024 tokens against 1,088 with padding, either way around; a token of text may not be missing."""
     cut(copy, 1024)
-    assert check_structure(copy, source).problems == ()
+    assert check_structure(Candidate(copy), source).problems == ()
     short = tmp_path / "short.gguf"
     gguf3n.convert(tiny_checkpoint, "F16", short)
     cut(short, 1024)
     gguf3n.convert(tiny_checkpoint, "F16", tmp_path / "long.gguf")
-    assert check_structure(tmp_path / "long.gguf", read_gguf(short)).problems == ()
+    assert check_structure(Candidate(tmp_path / "long.gguf"), text_part(read_gguf(short))).problems == ()
     cut(copy, 1020)
     assert found(copy, source)[TOKENS] == "expected 1,088 tokens, found 1,020: '<unused101>' (token 1,020) is missing"
 
 
-def test_marks_of_other_modalities_left_unnamed(copy: Path, source: Model) -> None:
+def test_marks_of_other_modalities_left_unnamed(copy: Path, source: Part) -> None:
     """A converter that did not read tokenizer_config.json has padding in their place."""
     change(TOKENS, "string[]", lambda old: [f"[PAD{i}]" if i >= 1024 else t for i, t in enumerate(old)])(copy)
     change(TYPES, "int32[]", lambda old: [5 if i >= 1024 else t for i, t in enumerate(old)])(copy)
-    result = check_structure(copy, source)
+    result = check_structure(Candidate(copy), source)
     assert [problem.where for problem in result.problems] == [TOKENS]
     assert result.verdict is Verdict.WARN
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, 20_000])
-def test_truncated(n_bytes: int, copy: Path, source: Model) -> None:
+def test_truncated(n_bytes: int, copy: Path, source: Part) -> None:
     copy.write_bytes(copy.read_bytes()[:n_bytes])
-    result = check_structure(copy, source)
+    result = check_structure(Candidate(copy), source)
     assert [problem.where for problem in result.problems] == ["unreadable"]
     assert result.verdict is Verdict.FAIL
 
 
-def test_no_file(tmp_path: Path, source: Model) -> None:
+def test_no_file(tmp_path: Path, source: Part) -> None:
     with pytest.raises(GGUFError, match="no such file"):
-        check_structure(tmp_path / "none.gguf", source)
+        check_structure(Candidate(tmp_path / "none.gguf"), source)

@@ -18,9 +18,13 @@ from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.engines.reference_tokenizers import LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
 from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
+from gguf3n.formats.gguf_reader import open_gguf
+from gguf3n.gemma3n.source import open_source
+from gguf3n.inspection.subject import Subject
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.result import Verdict
 from gguf3n.validation.texts import CASES, CHATS, Case, built_in_text
-from gguf3n.validation.tokens import cases, check_tokens
+from gguf3n.validation.tokens import TokensResult, cases, check_tokens
 from tests.validation.plant_keys import FAULTS, TEMPLATE, TOKENS, change, edit_template, set_key, unset_key
 
 pytest.importorskip("transformers")
@@ -42,8 +46,13 @@ def copy(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def llama_cpp(sound: Path) -> Iterator[LlamaCppTokenizer]:
-    with closing(LlamaCppTokenizer(sound)) as tokenizer:
+    with closing(LlamaCppTokenizer(Subject(open_gguf(sound)))) as tokenizer:
         yield tokenizer
+
+
+def check(path: Path, reference: Path) -> TokensResult:
+    """What is found of a file, whose reference is opened for it."""
+    return check_tokens(Candidate(path), open_source(reference))
 
 
 REFERENCES: dict[str, tuple[Tokenizer, dict[str, Any]]] = {
@@ -58,7 +67,7 @@ REFERENCES: dict[str, tuple[Tokenizer, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", REFERENCES)
 def test_sound(name: str, sound: Path, make_checkpoint: Callable[..., Path]) -> None:
     kind, options = REFERENCES[name]
-    result = check_tokens(sound, make_checkpoint(**options))
+    result = check(sound, make_checkpoint(**options))
     assert result.problems == ()
     assert result.n_texts == len(list(cases(kind))) + len(CHATS)
     assert result.n_tokens > 20_000
@@ -67,7 +76,7 @@ def test_sound(name: str, sound: Path, make_checkpoint: Callable[..., Path]) -> 
 def test_a_gguf_reference(sound: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """One that was made of other tokenizer files; llama.cpp is compared with itself, so no case is left out."""
     gguf3n.convert(make_checkpoint(tokenizer="json"), "F16", tmp_path / "reference.gguf")
-    result = check_tokens(sound, tmp_path / "reference.gguf")
+    result = check(sound, tmp_path / "reference.gguf")
     assert result.problems == ()
     assert result.n_texts == len(built_in_text().split("\n\n")) + len(CASES) + len(CHATS)
 
@@ -76,7 +85,7 @@ def test_a_gguf_reference(sound: Path, make_checkpoint: Callable[..., Path], tmp
 def test_faults(name: str, copy: Path, tiny_checkpoint: Path) -> None:
     fault = FAULTS[name]
     fault.plant(copy)
-    result = check_tokens(copy, tiny_checkpoint)
+    result = check(copy, tiny_checkpoint)
     assert [problem.where for problem in result.problems] == [fault.tokens]
     assert result.verdict is (Verdict.WARN if "tokens" in fault.warns else Verdict.FAIL)
 
@@ -87,7 +96,7 @@ def test_what_is_said(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> Non
     for name in ("no begin token", "space prefix", "vocabulary shifted up", "a second begin token", "another role"):
         path = Path(shutil.copy(sound, tmp_path / "copy.gguf"))
         FAULTS[name].plant(path)
-        (problem,) = check_tokens(path, tiny_checkpoint).problems
+        (problem,) = check(path, tiny_checkpoint).problems
         said[name] = problem.what
     n = len(list(cases(Tokenizer.TRANSFORMERS)))
     oven = "'The oven at the end of t'"
@@ -105,7 +114,7 @@ def test_what_is_said(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> Non
 def test_two_faults_are_two_problems(copy: Path, tiny_checkpoint: Path) -> None:
     FAULTS["no begin token"].plant(copy)
     FAULTS["scores upside down"].plant(copy)
-    wheres = [problem.where for problem in check_tokens(copy, tiny_checkpoint).problems]
+    wheres = [problem.where for problem in check(copy, tiny_checkpoint).problems]
     assert wheres == [FAULTS["no begin token"].tokens, FAULTS["scores upside down"].tokens]
 
 
@@ -113,14 +122,14 @@ def test_chats_without_a_begin_token(copy: Path, tiny_checkpoint: Path) -> None:
     """In the template it is enough; in neither place it is a fault of both."""
     FAULTS["no begin token"].plant(copy)
     edit_template("{{ bos_token }}", "")(copy)
-    wheres = [problem.where for problem in check_tokens(copy, tiny_checkpoint).problems]
+    wheres = [problem.where for problem in check(copy, tiny_checkpoint).problems]
     assert wheres == [FAULTS["no begin token"].tokens, TEMPLATE]
 
 
 def test_a_second_begin_token_for_all(copy: Path, tiny_checkpoint: Path) -> None:
     FAULTS["no begin token"].plant(copy)
     FAULTS["a second begin token"].plant(copy)
-    _, problem = check_tokens(copy, tiny_checkpoint).problems
+    _, problem = check(copy, tiny_checkpoint).problems
     assert problem.what == "a chat has 2 begin tokens in every engine"
 
 
@@ -128,13 +137,13 @@ def test_no_template_anywhere(copy: Path, tiny_checkpoint: Path, tmp_path: Path)
     """A base model has none; one in the file is still looked at for its begin tokens."""
     base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
-    result = check_tokens(copy, base)
+    result = check(copy, base)
     assert result.problems == ()
     assert result.n_texts == len(list(cases(Tokenizer.TRANSFORMERS)))
     FAULTS["a second begin token"].plant(copy)
-    assert [problem.where for problem in check_tokens(copy, base).problems] == [TEMPLATE]
+    assert [problem.where for problem in check(copy, base).problems] == [TEMPLATE]
     unset_key(copy, TEMPLATE)
-    assert check_tokens(copy, base).problems == ()
+    assert check(copy, base).problems == ()
 
 
 @pytest.mark.parametrize("tokenizer", ["json", "model"])
@@ -146,17 +155,17 @@ def test_a_template_that_refuses_system_messages(
     checkpoint = Path(shutil.copytree(make_checkpoint(tokenizer=tokenizer), tmp_path / "checkpoint"))
     template = checkpoint / "chat_template.jinja"
     template.write_text(template.read_text("utf-8").replace("{{ bos_token }}", refuse), "utf-8")
-    result = check_tokens(copy, checkpoint)
+    result = check(copy, checkpoint)
     assert result.problems == ()
-    assert result.n_texts == len(list(cases(open_reference(checkpoint).kind))) + 1
+    assert result.n_texts == len(list(cases(open_reference(open_source(checkpoint)).kind))) + 1
     edit_template("{{ bos_token }}", refuse)(copy)
-    assert check_tokens(copy, checkpoint).problems == ()
+    assert check(copy, checkpoint).problems == ()
 
 
 def test_a_byte_that_is_missing(copy: Path, tiny_checkpoint: Path) -> None:
     """The process goes on."""
     change(TOKENS, "string[]", lambda old: ["no byte" if t == "<0xF4>" else t for t in old])(copy)
-    result = check_tokens(copy, tiny_checkpoint)
+    result = check(copy, tiny_checkpoint)
     (problem,) = result.problems
     assert problem.where == "vocabulary"
     assert "_Map_base::at" in problem.what
@@ -168,29 +177,29 @@ def test_nothing_is_left_behind(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    check_tokens(copy, tiny_checkpoint)
+    check(copy, tiny_checkpoint)
     FAULTS["a broken template"].plant(copy)
-    check_tokens(copy, tiny_checkpoint)
+    check(copy, tiny_checkpoint)
     assert list(temporary.iterdir()) == []
 
 
 def test_without_transformers(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match="no module transformers"):
-        check_tokens(sound, tiny_checkpoint)
+        check(sound, tiny_checkpoint)
 
 
 def test_a_reference_that_cannot_be_read(sound: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="tokenizer"):
-        check_tokens(sound, checkpoint)
+        check(sound, checkpoint)
     for name in ("tokenizer.json", "tokenizer.model"):
         (checkpoint / name).unlink()
     with pytest.raises(TokenizerError, match="no tokenizer"):
-        check_tokens(sound, checkpoint)
+        check(sound, checkpoint)
     with pytest.raises(GGUFError, match="not a GGUF file"):
-        check_tokens(sound, checkpoint / "config.json")
+        check(sound, checkpoint / "config.json")
 
 
 # the small model that stands for a file
@@ -199,7 +208,7 @@ def test_a_reference_that_cannot_be_read(sound: Path, tiny_checkpoint: Path, tmp
 def test_the_vocabulary_alone_is_like_the_whole_file(sound: Path) -> None:
     with (
         LlamaCpp(sound, n_ctx=64, n_threads=1) as whole,
-        VocabularyModel(sound, with_template=True) as alone,
+        VocabularyModel(open_gguf(sound), with_template=True) as alone,
     ):
         for case in CASES:
             assert alone.tokenize(case.text) == whole.tokenize(case.text), case.name
@@ -210,7 +219,7 @@ def test_the_vocabulary_alone_is_like_the_whole_file(sound: Path) -> None:
 def test_a_vocabulary_that_does_not_load(copy: Path) -> None:
     set_key(copy, "tokenizer.ggml.scores", "float32[]", [0.0])
     with pytest.raises(GGUFError, match=r"copy\.gguf: llama\.cpp does not load this vocabulary"):
-        VocabularyModel(copy, with_template=False)
+        VocabularyModel(open_gguf(copy, strict=False), with_template=False)
 
 
 # the texts
@@ -221,7 +230,9 @@ def test_cases_are_left_out_for_a_reason(
     case: Case, llama_cpp: LlamaCppTokenizer, make_checkpoint: Callable[..., Path]
 ) -> None:
     """They are cut in another way by those tokenizers, and by no others."""
-    references: list[ReferenceTokenizer] = [open_reference(make_checkpoint(tokenizer=t)) for t in ("json", "model")]
+    references: list[ReferenceTokenizer] = [
+        open_reference(open_source(make_checkpoint(tokenizer=t))) for t in ("json", "model")
+    ]
     ids = llama_cpp.encode(case.text)
     assert {reference.kind for reference in references if reference.encode(case.text) != ids} == case.unlike
 

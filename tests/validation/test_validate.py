@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,7 +19,11 @@ from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import open_part
+from gguf3n.gemma3n.part import text_part
+from gguf3n.progress import Progress
+from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.result import Stage, Verdict
+from gguf3n.validation.stages import STAGES
 from gguf3n.validation.validate import Validation, validate
 from tests.validation import plant
 from tests.validation.plant_keys import FAULTS
@@ -50,18 +55,19 @@ def run(*arguments: object) -> Any:
 
 
 def test_a_sound_file_passes(sound: Path, tiny_checkpoint: Path, reference: Path) -> None:
-    seen: list[tuple[Stage, int, int]] = []
+    seen: list[Progress] = []
     validation = validate(
         sound,
         tiny_checkpoint,
         use_reference=reference,
         threads=1,
-        progress=lambda stage, done, total: seen.append((stage, done, total)),
+        progress=seen.append,
     )
     assert list(validation.stages) == list(Stage)
     assert [problem for result in validation.stages.values() for problem in result.problems] == []
     assert validation.verdict is Verdict.PASS
-    assert {stage for stage, done, total in seen if done == total} == {TENSORS, LOGITS}
+    assert {state.stage for state in seen if state.done == state.total} == {TENSORS.value, LOGITS.value}
+    assert {(state.stage, state.unit) for state in seen} == {("tensors", "weights"), ("logits", "positions")}
 
 
 def failed_stages(validation: Validation) -> set[Stage]:
@@ -72,7 +78,7 @@ def planted(name: str) -> Callable[[Path, Path], None]:
     function, _ = plant.PLANTS[name]
 
     def plant_it(path: Path, source: Path) -> None:
-        function(plant.Planter(path, gguf3n.read_source(source)))
+        function(plant.Planter(path, text_part(gguf3n.read_source(source))))
 
     return plant_it
 
@@ -82,7 +88,7 @@ def keyed(name: str) -> Callable[[Path, Path], None]:
 
 
 def norms_with_1_added(path: Path, source: Path) -> None:
-    planter = plant.Planter(path, gguf3n.read_source(source))
+    planter = plant.Planter(path, text_part(gguf3n.read_source(source)))
     for tensor in planter.source.tensors:
         if tensor.name.endswith("norm.weight"):
             planter.write(tensor.name, planter.values(tensor.name) + 1)
@@ -203,6 +209,48 @@ def test_bad_options(options: list[str], said: str, sound: Path, tiny_checkpoint
     assert said in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (None, list(Stage)),
+        ([TENSORS, STRUCTURE], [STRUCTURE, TENSORS]),
+        (["tensors", STRUCTURE, "tensors"], [STRUCTURE, TENSORS]),
+        ({"logits"}, [LOGITS]),
+        ("tokens", [TOKENS]),
+        ("logits, structure", [STRUCTURE, LOGITS]),
+    ],
+    ids=str,
+)
+def test_stages_by_name(stages: Any, expected: list[Stage]) -> None:
+    assert list(parse_validation(stages).stages) == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([], "no stage to run"),
+        ("", "no stage ''"),
+        (["logic"], "no stage 'logic'"),
+        ("tensors,logic", "no stage 'logic'"),
+        ([TENSORS, "Tensors"], "no stage 'Tensors'"),
+    ],
+    ids=str,
+)
+def test_stages_that_there_are_not(stages: Any, said: str, sound: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        validate(sound, tiny_checkpoint, stages=stages)
+    assert caught.value.expected == "structure, tensors, tokens, logits"
+
+
+def test_the_table_has_a_row_for_each_stage() -> None:
+    assert [row.stage for row in STAGES] == list(Stage)
+    names = {field.name for field in dataclasses.fields(ValidationOptions)}
+    for row in STAGES:
+        assert row.compares and row.against
+        assert set(row.options) <= names
+    assert len({option for row in STAGES for option in row.options}) == sum(len(row.options) for row in STAGES)
+
+
 @pytest.mark.parametrize("options", [["--stages", "tensors"], ["--report", "x.md"], ["--validate", "--dry-run"]])
 def test_validation_options_of_convert(options: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = run("convert", tiny_checkpoint, "-q", "Q8_0", "-o", tmp_path, *options)
@@ -283,13 +331,13 @@ def test_what_keeps_the_logits_from_running_is_said_first(
     tiny_checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
+    monkeypatch.setattr("gguf3n.validation.stages.check_structure", None)
     with pytest.raises(error):
         validate(sound, tiny_checkpoint, **options)
 
 
 def test_too_little_memory_is_said_first(sound: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gguf3n.validation.validate.check_structure", None)
+    monkeypatch.setattr("gguf3n.validation.stages.check_structure", None)
     monkeypatch.setattr("gguf3n.engines.memory.available_bytes", lambda: 1)
     with pytest.raises(UsageError, match="not enough memory for the reference"):
         validate(sound, tiny_checkpoint)

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 from gguf.constants import MODEL_ARCH, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
-from gguf3n.formats.source import SourceTensor
-from gguf3n.gemma3n.tensors import DROPPED, PREFIX, RULES, MappedTensor, Missing, Rows, Storage, TensorMap, map_tensors
 
 from gguf3n.errors import MappingError
+from gguf3n.formats.rows import SourceTensor, Stored, Zeros
 from gguf3n.gemma3n.config import Config
+from gguf3n.gemma3n.mapping import MappedTensor, Missing, Storage, TensorMap, map_tensors
+from gguf3n.gemma3n.names import bare_name
 from gguf3n.gemma3n.published import PUBLISHED, outline
+from gguf3n.gemma3n.text import DROPPED, RULES
+from gguf3n.gemma3n.text import table as text_table
 from workshop import checkpoints
 
-Table = dict[str, SourceTensor]
+Table = dict[str, Stored]
 ROOT = "model.language_model."
 
 SIZES = ("E2B", "E4B")
@@ -30,13 +33,14 @@ def table_of(size: str, dtype: str = "BF16") -> Table:
     """A table of a published size, as if all tensors were in one file."""
     table, offset = {}, 0
     for name, shape in checkpoints.read_inventory(checkpoints.INVENTORIES / f"gemma-3n-{size.lower()}.json").items():
-        table[name] = SourceTensor(name, dtype, shape, Path("dir/model.safetensors"), offset)
-        offset += table[name].n_bytes
+        table[name] = Stored(name, dtype, shape, Path("dir/model.safetensors"), offset)
+        offset += table[name].stored_bytes
     return table
 
 
 def mapped(table: Table, config: Config = PUBLISHED["E2B"]) -> TensorMap:
-    return map_tensors(config, table, "dir")
+    source = {name: SourceTensor(stored.name, stored.shape, (stored,)) for name, stored in table.items()}
+    return map_tensors(text_table(config), source, "dir")
 
 
 def llama_cpp_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -91,7 +95,11 @@ def llama_cpp_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def test_the_rules_write_every_tensor_of_the_architecture_once() -> None:
     targets = [rule.target for rule in RULES]
     assert len(set(targets)) == len(targets) == 31
-    assert set(targets) == set(MODEL_TENSORS[MODEL_ARCH.GEMMA3N]) - {MODEL_TENSOR.OUTPUT}
+    assert set(targets) == {
+        f"{TENSOR_NAMES[target]}.weight"
+        for target in MODEL_TENSORS[MODEL_ARCH.GEMMA3N]
+        if target is not MODEL_TENSOR.OUTPUT
+    }
 
 
 def test_every_source_name_stands_once() -> None:
@@ -100,7 +108,7 @@ def test_every_source_name_stands_once() -> None:
 
 def test_a_rule_is_of_a_layer_where_its_target_is() -> None:
     for rule in RULES:
-        assert ("{bid}" in rule.source) == ("{bid}" in TENSOR_NAMES[rule.target])
+        assert ("{bid}" in rule.source) == ("{bid}" in rule.target)
 
 
 # both published sizes
@@ -143,7 +151,7 @@ def test_every_source_tensor_hits_one_rule_or_one_reason(size: str) -> None:
         patterns.append((rule.source, re.sub(r"\\\{(bid|k)\\\}", r"\\d+", re.escape(rule.source))))
     hits: Counter[str] = Counter()
     for name in table:
-        bare = re.sub(f"^{PREFIX}", "", name)
+        bare = bare_name(name)
         matching = [what for what, pattern in patterns if re.fullmatch(pattern, bare)]
         assert len(matching) == 1, (name, matching)
         hits[matching[0]] += 1
@@ -152,7 +160,7 @@ def test_every_source_tensor_hits_one_rule_or_one_reason(size: str) -> None:
         assert hits[rule.source] == times, rule.source
     result = mapped(table, config)
     assert dict(result.dropped) == {why: hits[why] for _, why in DROPPED if hits[why]}
-    used = [rows.source.name for tensor in result.tensors for rows in tensor.rows if rows.source is not None]
+    used = [rows.name for tensor in result.tensors for rows in tensor.rows if isinstance(rows, Stored)]
     assert len(used) == len(set(used)) == len(table) - sum(count for _, count in result.dropped)
 
 
@@ -161,9 +169,10 @@ def test_every_row_comes_from_somewhere(size: str) -> None:
     for tensor in mapped(table_of(size), PUBLISHED[size]).tensors:
         assert sum(rows.n_rows for rows in tensor.rows) == tensor.n_rows
         for rows in tensor.rows:
-            if rows.source is not None:
-                assert rows.source.shape[-1] == tensor.n_per_row
-                assert math.prod(rows.source.shape) == rows.n_rows * tensor.n_per_row
+            assert rows.n_per_row == tensor.n_per_row
+            if isinstance(rows, Stored):
+                assert rows.shape[-1] == tensor.n_per_row
+                assert math.prod(rows.shape) == rows.n_rows * tensor.n_per_row
 
 
 @every_size
@@ -198,16 +207,19 @@ def test_altup_matrices_are_stacked_in_order(target: str, source: str) -> None:
     table = table_of("E2B")
     table = dict(reversed(table.items()))  # whatever the order in the file
     tensor = by_name(mapped(table))[f"{target}.weight"]
-    assert tensor.rows == tuple(Rows(table[f"{ROOT}{source}.{k}.weight"], 2048) for k in range(3))
+    assert tensor.rows == tuple(table[f"{ROOT}{source}.{k}.weight"] for k in range(3))
+    assert [rows.n_rows for rows in tensor.rows] == [2048] * 3
 
 
 def test_the_per_layer_table_is_padded_with_zeros_and_the_token_table_is_whole() -> None:
     table, tensors = table_of("E2B"), by_name(mapped(table_of("E2B")))
-    assert tensors["token_embd.weight"].rows == (Rows(table[f"{ROOT}embed_tokens.weight"], 262400),)
+    assert tensors["token_embd.weight"].rows == (table[f"{ROOT}embed_tokens.weight"],)
+    assert tensors["token_embd.weight"].n_rows == 262400
     assert tensors["per_layer_token_embd.weight"].rows == (
-        Rows(table[f"{ROOT}embed_tokens_per_layer.weight"], 262144),
-        Rows(None, 256),
+        table[f"{ROOT}embed_tokens_per_layer.weight"],
+        Zeros(256, 7680),
     )
+    assert [rows.n_rows for rows in tensors["per_layer_token_embd.weight"].rows] == [262144, 256]
 
 
 def with_shape(name: str, *shape: int) -> Callable[[Table], Table]:
@@ -228,9 +240,10 @@ def with_shape(name: str, *shape: int) -> Callable[[Table], Table]:
 def test_both_tables_have_as_many_rows_as_tokens(name: str, target: str, n_per_row: int, n_rows: int) -> None:
     tensor = by_name(mapped(with_shape(name, n_rows, n_per_row)(table_of("E2B"))))[f"{target}.weight"]
     assert tensor.shape == (262400, n_per_row)
-    assert [(rows.source is None, rows.n_rows) for rows in tensor.rows] == [(False, n_rows), (True, 262400 - n_rows)][
-        : 1 + (n_rows < 262400)
-    ]
+    assert [(isinstance(rows, Zeros), rows.n_rows) for rows in tensor.rows] == [
+        (False, n_rows),
+        (True, 262400 - n_rows),
+    ][: 1 + (n_rows < 262400)]
 
 
 def test_a_stack_of_one_matrix() -> None:
@@ -243,7 +256,8 @@ def test_a_stack_of_one_matrix() -> None:
             table[name] = replace(tensor, shape=shapes.get(part, tensor.shape))
     tensor = by_name(mapped(table, replace(PUBLISHED["E2B"], altup_num_inputs=2)))["altup_proj.weight"]
     assert tensor.shape == (1, 2048, 2048)
-    assert tensor.rows == (Rows(table[f"{ROOT}altup_projections.0.weight"], 2048),)
+    assert tensor.rows == (table[f"{ROOT}altup_projections.0.weight"],)
+    assert tensor.n_rows == 2048
 
 
 # layouts
@@ -296,7 +310,7 @@ def test_every_layout_of_names(prefixes: dict[str, str]) -> None:
 def test_what_is_left_out_besides(name: str, why: str) -> None:
     table = table_of("E2B")
     before = dict(mapped(table).dropped)
-    after = dict(mapped(table | {name: SourceTensor(name, "BF16", (4,), Path("x"), 0)}).dropped)
+    after = dict(mapped(table | {name: Stored(name, "BF16", (4,), Path("x"), 0)}).dropped)
     (reason,) = [reason for reason in after if after[reason] != before.get(reason, 0)]
     assert reason.startswith(why) or why in reason
     assert after[reason] == before.get(reason, 0) + 1
@@ -322,7 +336,7 @@ def test_keys_and_values_of_shared_layers_may_be_missing(size: str) -> None:
     assert whole.synthesized == []
     for before, after in zip(whole.tensors, part.tensors, strict=True):
         if after.name in part.synthesized:
-            assert after == replace(before, rows=(Rows(None, before.n_rows),))
+            assert after == replace(before, rows=(Zeros(before.n_rows, before.n_per_row),))
             assert after.source_dtypes == set()
         else:
             assert after == before
@@ -370,7 +384,7 @@ def with_dtype(dtype: str) -> Callable[[Table], Table]:
 
 
 def added(*names: str, shape: tuple[int, ...] = (4,), dtype: str = "BF16") -> Callable[[Table], Table]:
-    return lambda table: table | {name: SourceTensor(name, dtype, shape, Path("x"), 0) for name in names}
+    return lambda table: table | {name: Stored(name, dtype, shape, Path("x"), 0) for name in names}
 
 
 WRONG: dict[str, tuple[Callable[[Table], Table], tuple[str, ...]]] = {

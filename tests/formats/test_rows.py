@@ -1,0 +1,479 @@
+"""Rows of every form against plain NumPy: values, whatever is read together; what is said where they can't be read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf.quants
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gguf3n.errors import CheckpointError, GGUFError
+from gguf3n.formats import rows as module
+from gguf3n.formats.byte_source import ByteSource
+from gguf3n.formats.gguf_layout import QType
+from gguf3n.formats.rows import (
+    DTYPE_BYTES,
+    FLOAT_DTYPES,
+    ROW_GROUP,
+    Chunk,
+    LowRank,
+    RowReader,
+    Rows,
+    SourceTensor,
+    Stored,
+    Values,
+    View,
+    Zeros,
+    chunks,
+    largest_magnitude,
+    stored_tensors,
+    widen_with_numpy,
+)
+from gguf3n.pipeline import compiled_widen
+
+N_ROWS, N_PER_ROW = 40, 64
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A file in memory, which counts what is read of it."""
+
+    data: bytes
+    name: str = "memory.safetensors"
+    reads: list[tuple[int, int]] = field(default_factory=list, compare=False)
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.data)
+
+    def read_at(self, offset: int, n: int) -> bytes:
+        self.reads.append((offset, n))
+        return self.data[offset : offset + n]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def raw_bytes(values: NDArray[np.float32], dtype: str) -> tuple[bytes, NDArray[np.float32]]:
+    """Values in a dtype, and what they are then."""
+    match dtype:
+        case "F32":
+            return values.tobytes(), values
+        case "F16":
+            return values.astype("<f2").tobytes(), values.astype("<f2").astype(np.float32)
+        case "BF16":
+            bits = (values.view(np.uint32) >> 16).astype("<u2")
+            return bits.tobytes(), (bits.astype(np.uint32) << 16).view(np.float32)
+        case _:
+            blocks = gguf.quants.quantize(values, QType[dtype])
+            return blocks.tobytes(), gguf.quants.dequantize(blocks, QType[dtype])
+
+
+def store(
+    directory: Path, dtype: str, shape: tuple[int, ...] = (N_ROWS, N_PER_ROW), seed: int = 0
+) -> tuple[Stored, NDArray[np.float32]]:
+    """A tensor somewhere in a file, and its values as rows."""
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32).reshape(-1, shape[-1])
+    data, values = raw_bytes(values, dtype)
+    path = directory / f"{dtype}-{seed}"
+    path.write_bytes(b"head." + data + b"tail")
+    return Stored(f"{dtype}.weight", dtype, shape, path, 5), values
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def reader(request: pytest.FixtureRequest) -> Iterator[RowReader]:
+    with closing(RowReader(compiled_widen() if request.param == "compiled" else None)) as reader:
+        yield reader
+
+
+def read(rows: Rows, reader: RowReader, n: int | None = None) -> tuple[NDArray[np.float32], float]:
+    """All rows, some at a time, and the largest magnitude."""
+    out = np.full((rows.n_rows, rows.n_per_row), 7, np.float32)
+    largest = [
+        reader.fill(rows, first, out[first : first + (n or rows.n_rows)]) for first in range(0, rows.n_rows, n or 10**9)
+    ]
+    return out, float(max(largest))
+
+
+Made = tuple[Rows, NDArray[np.float32]]
+FORMS: dict[str, Callable[[Path], Made]] = {}
+
+
+def form(make: Callable[[Path], Made]) -> Callable[[Path], Made]:
+    FORMS[make.__name__.replace("_", " ")] = make
+    return make
+
+
+for _dtype in (*FLOAT_DTYPES, "Q8_0", "Q4_0"):
+    FORMS[f"stored {_dtype}"] = lambda directory, dtype=_dtype: store(directory, dtype)  # type: ignore[misc]
+
+
+@form
+def stored_in_three_dimensions(directory: Path) -> Made:
+    return store(directory, "BF16", (2, 3, 5, 32))
+
+
+@form
+def a_vector(directory: Path) -> Made:
+    return store(directory, "F16", (96,))
+
+
+@form
+def a_scalar(directory: Path) -> Made:
+    (directory / "scalar").write_bytes(np.float32(2.5).tobytes())
+    return Stored("scale", "F32", (), directory / "scalar", 0), np.full((1, 1), 2.5, np.float32)
+
+
+@form
+def rows_of_another_length(directory: Path) -> Made:
+    stored, values = store(directory, "Q8_0")
+    return stored.in_rows_of(32), values.reshape(-1, 32)
+
+
+@form
+def zeros(_: Path) -> Made:
+    return Zeros(9, 33), np.zeros((9, 33), np.float32)
+
+
+@form
+def a_view_of_rows(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return View(stored, range(7, 30), (range(N_PER_ROW),)), values[7:30]
+
+
+@form
+def a_view_of_runs_of_columns(directory: Path) -> Made:
+    """In another order, and one of them twice."""
+    stored, values = store(directory, "F16")
+    runs = (range(40, 64), range(3, 4), range(10), range(3, 4))
+    return View(stored, range(1, 40), runs), values[1:, [column for run in runs for column in run]]
+
+
+@form
+def a_view_of_a_quantized_tensor(directory: Path) -> Made:
+    """Columns in the middle of a block."""
+    stored, values = store(directory, "Q4_0")
+    return View(stored, range(5, 9), (range(20, 50), range(1))), values[5:9, [*range(20, 50), 0]]
+
+
+@form
+def a_view_of_a_view(directory: Path) -> Made:
+    stored, values = store(directory, "F32")
+    inner = View(stored, range(10, 30), (range(32, 64), range(32)))
+    columns = [*range(30, 40), *range(4)]
+    return View(inner, range(3, 20), (range(30, 40), range(4))), np.hstack([values[:, 32:], values[:, :32]])[
+        10:30, columns
+    ][3:20]
+
+
+def low_rank(base: Rows, values: NDArray[np.float32], directory: Path, dtype: str, scale: float) -> Made:
+    """The sum in float64, rank by rank, rounded once."""
+    a, a_values = store(directory, dtype, (3, base.n_per_row), seed=1)
+    b, b_values = store(directory, dtype, (base.n_rows, 3), seed=2)
+    added = np.zeros(values.shape)
+    for k in range(3):
+        added += b_values[:, k, None].astype(np.float64) * a_values[k].astype(np.float64)
+    return LowRank(base, a, b, scale), (values + scale * added).astype(np.float32)
+
+
+for _dtype in FLOAT_DTYPES:
+
+    def _low_rank(directory: Path, dtype: str = _dtype) -> Made:
+        return low_rank(*store(directory, "BF16"), directory, dtype, 0.375)
+
+    FORMS[f"low rank, factors in {_dtype}"] = _low_rank
+
+
+@form
+def low_rank_of_a_quantized_tensor(directory: Path) -> Made:
+    return low_rank(*store(directory, "Q8_0"), directory, "F32", -2.0)
+
+
+@form
+def low_rank_of_a_view(directory: Path) -> Made:
+    return low_rank(*a_view_of_runs_of_columns(directory), directory, "F16", 1.0)
+
+
+@form
+def a_view_of_low_rank(directory: Path) -> Made:
+    rows, values = low_rank(*store(directory, "F32"), directory, "BF16", 0.5)
+    return View(rows, range(11, 33), (range(60, 64), range(5))), values[11:33, [*range(60, 64), *range(5)]]
+
+
+@form
+def low_rank_of_low_rank(directory: Path) -> Made:
+    (directory / "more").mkdir()
+    inner = low_rank(*store(directory, "F32"), directory, "BF16", 0.5)
+    return low_rank(*inner, directory / "more", "F32", 0.25)
+
+
+every_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+
+
+@every_form
+@pytest.mark.parametrize("n", [None, 1, 7, 16])
+def test_values_whatever_is_read_together(
+    make: Callable[[Path], Made], n: int | None, tmp_path: Path, reader: RowReader
+) -> None:
+    rows, expected = make(tmp_path)
+    assert (rows.n_rows, rows.n_per_row) == expected.shape
+    found, largest = read(rows, reader, n)
+    assert found.tobytes() == expected.tobytes() or np.array_equal(found, expected)
+    assert largest == np.abs(expected).max(initial=0)
+
+
+@every_form
+def test_a_form_is_a_value(make: Callable[[Path], Made], tmp_path: Path) -> None:
+    """Made again it is the same key; it holds no data, so the file needs not be there."""
+    rows, _ = make(tmp_path)
+    for path in tmp_path.glob("more"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    again, _ = make(tmp_path)
+    assert again == rows and hash(again) == hash(rows)
+    assert {rows: 1}[again] == 1
+
+
+def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
+    stored, _ = store(tmp_path, "F32")
+    a, b = store(tmp_path, "F32", (3, 64), seed=1)[0], store(tmp_path, "F32", (40, 3), seed=2)[0]
+    view, merged = View(stored, range(4), (range(64),)), LowRank(stored, a, b, 1.0)
+    forms: list[Rows] = [
+        stored,
+        replace(stored, offset=9),
+        replace(stored, shape=(20, 128)),
+        replace(stored, dtype="I32"),
+        replace(stored, file=tmp_path / "other"),
+        Zeros(40, 64),
+        Zeros(64, 40),
+        view,
+        replace(view, rows=range(1, 5)),
+        replace(view, columns=(range(32), range(32, 64))),
+        replace(view, base=replace(stored, offset=9)),
+        merged,
+        replace(merged, scale=2.0),
+        replace(merged, a=replace(a, offset=9)),
+        View(merged, range(4), (range(64),)),
+        replace(merged, base=View(stored, range(40), (range(64),))),
+    ]
+    assert len(set(forms)) == len(forms)
+
+
+def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
+    stored, _ = store(tmp_path, "BF16")
+    a, b = store(tmp_path, "F16", (3, 64), seed=1)[0], store(tmp_path, "F32", (40, 3), seed=2)[0]
+    view, merged = View(stored, range(4, 14), (range(5),)), LowRank(stored, a, b, 1.0)
+    where = f"{tmp_path / 'BF16-0'}: tensor 'BF16.weight'"
+    assert [rows.stored_bytes for rows in (stored, Zeros(9, 9), view)] == [40 * 128, 0, 10 * 128]
+    assert merged.stored_bytes == 40 * 128 + 3 * 128 + 40 * 12
+    assert [rows.origin for rows in (stored, view)] == [where, where]
+    assert merged.origin == f"{where} with {tmp_path / 'F16-1'}: tensor 'F16.weight'"
+    assert [rows.dtypes for rows in (stored, Zeros(9, 9), view, merged)] == [{"BF16"}, set(), {"BF16"}, {"F32"}]
+    quantized, _ = store(tmp_path, "Q4_0")
+    assert (quantized.row_bytes, quantized.stored_bytes) == (36, 40 * 36)
+    assert (quantized.in_rows_of(32).row_bytes, quantized.in_rows_of(32).stored_bytes) == (18, 40 * 36)
+    tensor = SourceTensor("x", (59, 64), (stored, Zeros(9, 64), view))
+    assert (tensor.dtypes, tensor.origin) == ({"BF16"}, where)
+    assert stored_tensors([stored, a]) == {
+        "BF16.weight": SourceTensor("BF16.weight", (40, 64), (stored,)),
+        "F16.weight": SourceTensor("F16.weight", (3, 64), (a,)),
+    }
+    assert set(FLOAT_DTYPES) <= set(DTYPE_BYTES)
+
+
+def test_the_compiled_values_are_those_of_numpy() -> None:
+    """Every value of 16 bits."""
+    widen = compiled_widen()
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
+    for dtype in ("BF16", "F16"):
+        one, two = np.empty(1 << 16, np.float32), np.empty(1 << 16, np.float32)
+        largest = widen_with_numpy(dtype, every, one), widen(dtype, every, two)
+        assert np.array_equal(one, two, equal_nan=True)
+        assert not np.isfinite(largest).any()
+
+
+# largest magnitudes
+
+SPECIAL = {
+    "nothing": ([], 0.0),
+    "zeros": ([0.0, -0.0], 0.0),
+    "negative": ([1.0, -3.0, 2.0], 3.0),
+    "infinite": ([1.0, float("inf")], float("inf")),
+    "negative infinity": ([float("-inf"), 1.0], float("inf")),
+    "nan": ([1.0, float("nan"), 2.0], float("nan")),
+    "nan and infinite": ([float("inf"), float("nan")], float("nan")),
+}
+
+
+@pytest.mark.parametrize(("values", "expected"), SPECIAL.values(), ids=SPECIAL)
+def test_the_largest_magnitude(values: list[float], expected: float) -> None:
+    assert largest_magnitude(np.array(values, np.float32)) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_what_is_not_finite_is_told_by_every_form(dtype: str, value: float, tmp_path: Path, reader: RowReader) -> None:
+    """Only where it is taken."""
+    values = np.ones((6, 32), np.float32)
+    values[3, 7] = value
+    (tmp_path / "x").write_bytes(raw_bytes(values, dtype)[0])
+    (tmp_path / "a").write_bytes(np.ones((1, 32), np.float32).tobytes())
+    stored, factor = Stored("x", dtype, (6, 32), tmp_path / "x", 0), Stored("a", "F32", (1, 32), tmp_path / "a", 0)
+    column = Stored("b", "F32", (6, 1), tmp_path / "a", 0)
+    for rows in (stored, View(stored, range(6), (range(32),)), LowRank(stored, factor, column, 1.0)):
+        assert np.isfinite(reader.fill(rows, 0, np.empty((3, 32), np.float32)))
+        assert not np.isfinite(reader.fill(rows, 2, np.empty((2, 32), np.float32)))
+    without = View(stored, range(6), (range(7), range(8, 32)))
+    assert reader.fill(without, 0, np.empty((6, 31), np.float32)) == 1
+    spoiled = LowRank(Zeros(6, 32), factor, replace(column, file=tmp_path / "x", dtype=dtype, shape=(6, 1)), value)
+    assert not np.isfinite(reader.fill(spoiled, 0, np.empty((6, 32), np.float32)))
+
+
+# errors
+
+
+@pytest.mark.parametrize("error", [CheckpointError, GGUFError])
+def test_what_cannot_be_read_is_named(error: type[CheckpointError] | type[GGUFError], tmp_path: Path) -> None:
+    """File and tensor, in every form, with the error of its kind of file."""
+    stored = replace(store(tmp_path, "F32")[0], error=error)
+    a, b = store(tmp_path, "F32", (3, 64), seed=1)[0], store(tmp_path, "F32", (40, 3), seed=2)[0]
+    with closing(RowReader()) as reader:
+        for missing, said in ((stored, "F32-0"), (replace(stored, file=tmp_path / "gone"), "gone")):
+            if missing is stored:
+                (tmp_path / "F32-0").write_bytes(bytes(100))
+            for rows in (missing, View(missing, range(9, 40), (range(1),)), LowRank(missing, a, b, 1.0)):
+                with pytest.raises(error) as caught:
+                    reader.fill(rows, 5, np.empty((10, rows.n_per_row), np.float32))
+                assert said in caught.value.what and "'F32.weight'" in caught.value.what
+        whole = Zeros(40, 64)
+        lost = replace(a, file=tmp_path / "gone", error=error)
+        with pytest.raises(error, match=r"gone.*'F32\.weight'"):
+            reader.fill(LowRank(whole, lost, b, 1.0), 0, np.empty((1, 64), np.float32))
+
+
+def test_a_dtype_that_nobody_reads(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(64))
+    with closing(RowReader()) as reader, pytest.raises(NotImplementedError, match="I64"):
+        reader.fill(Stored("x", "I64", (2, 4), tmp_path / "x", 0), 0, np.empty((2, 4), np.float32))
+
+
+# memory
+
+
+def test_a_tensor_in_memory(reader: RowReader) -> None:
+    """Only what is asked for is read, at its place."""
+    values = np.random.default_rng(0).standard_normal((8, 32), np.float32)
+    file: ByteSource = Memory(b"abc" + values.tobytes() + b"xyz")
+    stored = Stored("x", "F32", (8, 32), file, 3)
+    assert stored.file_name == "memory.safetensors"
+    assert stored.origin == "memory.safetensors: tensor 'x'"
+    found, largest = read(stored, reader)
+    assert np.array_equal(found, values) and largest == np.abs(values).max()
+    assert isinstance(file, Memory)
+    file.reads.clear()
+    view = View(stored, range(2, 7), (range(3),))
+    out = np.empty((2, 3), np.float32)
+    reader.fill(view, 1, out)
+    assert np.array_equal(out, values[3:5, :3])
+    assert file.reads == [(3 + 3 * 128, 2 * 128)]
+    copied = np.empty((2, 128), np.uint8)
+    reader.copy_stored(stored, 6, copied)
+    assert copied.tobytes() == values[6:].tobytes()
+
+
+def test_memory_that_is_too_short(reader: RowReader) -> None:
+    stored = Stored("x", "F32", (8, 32), Memory(bytes(1000)), 0, GGUFError)
+    with pytest.raises(GGUFError, match=r"memory\.safetensors: truncated in tensor 'x'"):
+        read(stored, reader)
+
+
+# chunks
+
+
+@every_form
+@pytest.mark.parametrize("chunk_weights", [1, 100, 1000, 1 << 20])
+def test_chunks_make_up_the_whole(make: Callable[[Path], Made], chunk_weights: int, tmp_path: Path) -> None:
+    rows, _ = make(tmp_path)
+    cut = list(chunks(rows, chunk_weights))
+    assert {chunk.rows for chunk in cut} == {rows}
+    assert [chunk.first for chunk in cut] == np.cumsum([0, *(chunk.n_rows for chunk in cut)])[:-1].tolist()
+    assert sum(chunk.n_rows for chunk in cut) == rows.n_rows
+    assert sum(chunk.n_weights for chunk in cut) == rows.n_rows * rows.n_per_row
+    assert sum(chunk.stored_bytes for chunk in cut) == rows.stored_bytes
+    assert all(chunk.stored_bytes >= 0 for chunk in cut)
+    for chunk in cut:
+        assert chunk.n_rows == 1 or chunk.n_weights <= chunk_weights
+    for chunk in cut[:-1]:
+        assert chunk.n_rows < ROW_GROUP or not chunk.n_rows % ROW_GROUP
+
+
+def test_no_rows_are_no_chunks() -> None:
+    assert not list(chunks(Zeros(0, 8)))
+    assert list(chunks(Zeros(2, 8))) == [Chunk(Zeros(2, 8), 0, 2)]
+
+
+# threads
+
+
+def test_one_reader_for_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a buffer of its own, and files and factors are shared, more factors than are kept too."""
+    monkeypatch.setattr(module, "FACTORS_KEPT", 1)
+    made = []
+    for number, make in enumerate(FORMS.values()):
+        (tmp_path / str(number)).mkdir()
+        made.append(make(tmp_path / str(number)))
+    start = threading.Barrier(6, timeout=60)
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        start.wait()
+        for _ in range(150):
+            rows, expected = made[rng.integers(len(made))]
+            first = int(rng.integers(rows.n_rows))
+            out = np.empty((int(rng.integers(1, rows.n_rows - first + 1)), rows.n_per_row), np.float32)
+            reader.fill(rows, first, out)
+            assert np.array_equal(out, expected[first : first + len(out)])
+
+    with closing(RowReader()) as reader, ThreadPoolExecutor(6) as pool:
+        for worker in [pool.submit(work, seed) for seed in range(6)]:
+            worker.result()
+
+
+def test_a_buffer_is_the_threads_own(tmp_path: Path) -> None:
+    stored, values = store(tmp_path, "F32")
+    with closing(RowReader()) as reader, ThreadPoolExecutor(1) as pool:
+        mine = reader.read_stored(stored, 0, 4)
+        pool.submit(reader.read_stored, stored, 8, 4).result()
+        assert mine.tobytes() == values[:4].tobytes()
+
+
+def test_a_factor_is_read_once_for_all_chunks(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(40 * 64 * 4))
+    base = Stored("x", "F32", (40, 64), tmp_path / "x", 0)
+    a, b = Memory(np.ones((2, 64), np.float32).tobytes()), Memory(np.ones((40, 2), np.float32).tobytes())
+    rows = LowRank(base, Stored("a", "F32", (2, 64), a, 0), Stored("b", "F32", (40, 2), b, 0), 1.0)
+    with closing(RowReader()) as reader:
+        found, _ = read(rows, reader, 8)
+    assert (found == 2).all()
+    assert a.reads == [(0, 512)]
+    assert b.reads == [(first * 8, 64) for first in range(0, 40, 8)]
+
+
+def test_another_way_to_widen(tmp_path: Path) -> None:
+    stored, _ = store(tmp_path, "BF16")
+
+    def widen(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
+        out[:] = len(raw)
+        return 5.0
+
+    with closing(RowReader(widen)) as reader:
+        found, largest = read(stored, reader, 40)
+    assert (found == 40 * 128).all() and largest == 5.0
