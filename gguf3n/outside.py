@@ -93,3 +93,8 @@ def inert(line: str) -> str:
     (ActionCommand.cs); `##vso[` is Azure Pipelines', `##teamcity[` TeamCity's.
     """
     return _ANYWHERE.sub("# #", _GITHUB.sub(r"\1: ", line))
+
+
+def inert_json(text: str) -> str:
+    """The same of JSON in ASCII, which means the same to a parser; none of its lines begins with a colon."""
+    return _ANYWHERE.sub(r"\\u0023#", text)

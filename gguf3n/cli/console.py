@@ -9,7 +9,7 @@ from typing import Any
 
 from gguf3n.cli.paint import paint, tell
 from gguf3n.errors import Gguf3nError
-from gguf3n.outside import masked
+from gguf3n.outside import inert_json, masked
 
 
 def human_bytes(n: float) -> str:
@@ -43,8 +43,7 @@ def print_json(value: Any) -> None:
 
     JSON has no infinity or NaN: they become strings. ASCII only, so that it can be parsed whatever the locale.
     """
-    text = json.dumps(_finite(value), indent=2, allow_nan=False)
-    print(text.replace("##[", "\\u0023#["))  # the same to a parser, and no command of a log's reader
+    print(inert_json(json.dumps(_finite(value), indent=2, allow_nan=False)))
 
 
 def _finite(value: Any) -> Any:

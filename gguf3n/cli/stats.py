@@ -202,7 +202,7 @@ def _print_tensors(result: Statistics, sort: Sort, show_all: bool) -> None:
     if len(shown) < len(tensors):
         say(*filled(f"{len(shown)} of {len(tensors)} tensors, {order}; --all shows all", 0))
     say(
-        filled(
+        *filled(
             "kurt: excess kurtosis, 0 for a normal distribution. f16: the worst that float16 does: n inf, so many "
             "weights overflow; % 0, that share becomes zero; % sub, that share becomes subnormal and loses digits.",
             0,
