@@ -27,25 +27,28 @@ _NAMES = (
     rf"|(?:llama[-_])?api[-_]?key|(?:aws)?access[-_]?key(?:[-_]?id)?|signature|sig|jwt|credential|{_STORE}"
 )
 
-SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
+SECRETS: tuple[tuple[str, str], ...] = (
     # user:password@host, of an address; then where the password has a slash; then without a scheme
-    (re.compile(r"(://)[^/?#\s@]{0,500}(?:@[^/?#\s@]{0,500}){0,8}@"), rf"\1{MASK}@"),
-    (re.compile(r"(://)[^\s/@:]{1,200}:(?!\d{1,5}(?:[/?#\s]|$))[^\s@]{0,500}@"), rf"\1{MASK}@"),
-    (re.compile(r"(?<![\w.%+/-])[\w.%+-]{1,64}:[^\s@/]{1,200}@(?=[\w.-])"), f"{MASK}@"),
-    (re.compile(r"""(?i)\b(authorization\\?["']?\s{0,4}[:=]\s{0,4}\\?["']?)(?:\w{1,20}[ \t]+)?[^\s"',;\\]+"""),
+    (r"(://)[^/?#\s@]{0,500}(?:@[^/?#\s@]{0,500}){0,8}@", rf"\1{MASK}@"),
+    (r"(://)[^\s/@:]{1,200}:(?!\d{1,5}(?:[/?#\s]|$))[^\s@]{0,500}@", rf"\1{MASK}@"),
+    (r"(?<![\w.%+/-])[\w.%+-]{1,64}:[^\s@/]{1,200}@(?=[\w.-])", f"{MASK}@"),
+    (r"""(?i)\b(authorization\\?["']?\s{0,4}[:=]\s{0,4}\\?["']?)(?:\w{1,20}[ \t]+)?[^\s"',;\\]+""",
      rf"\1{MASK}"),
-    (re.compile(r"""(?i)\b(bearer\s{1,4}["']?)[^\s"',;<>\\]{6,}"""), rf"\1{MASK}"),
+    (r"""(?i)\b(bearer\s{1,4}["']?)[^\s"',;<>\\]{6,}""", rf"\1{MASK}"),
     # name=value, and "name": "value" of JSON
-    (re.compile(rf"""(?i)(?<![\w-])((?:{_NAMES})(?:\s{{0,4}}=|\\?["']\s{{0,4}}:)\s{{0,4}}\\?["']?)[^\s&"',;}}\\]+"""),
+    (rf"""(?i)(?<![\w-])((?:{_NAMES})(?:\s{{0,4}}=|\\?["']\s{{0,4}}:)\s{{0,4}}\\?["']?)[^\s&"',;}}\\]+""",
      rf"\1{MASK}"),
-    (re.compile(r"(?i)(?<![\w-])((?:x-)?(?:api[-_ ]?key|password)\s{0,4}:\s{0,4})[^\s\"',;}]+"), rf"\1{MASK}"),
+    (r"(?i)(?<![\w-])((?:x-)?(?:api[-_ ]?key|password)\s{0,4}:\s{0,4})[^\s\"',;}]+", rf"\1{MASK}"),
     # tokens by their own look: the Hub's, OpenAI's, GitHub's, GitLab's, Amazon's, JSON Web Tokens
-    (re.compile(r"\b(hf_(?!transfer\b)|api_org_)[A-Za-z0-9]{6,}"), rf"\1{MASK}"),
-    (re.compile(r"\b(sk-|gh[pousr]_|github_pat_|glpat-)[\w-]{16,}"), rf"\1{MASK}"),
-    (re.compile(r"\bA[KS]IA[A-Z0-9]{12,}"), MASK),
-    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?"), MASK),
+    (r"\b(hf_(?!transfer\b)|api_org_)[A-Za-z0-9]{6,}", rf"\1{MASK}"),
+    (r"\b(sk-|gh[pousr]_|github_pat_|glpat-)[\w-]{16,}", rf"\1{MASK}"),
+    (r"\bA[KS]IA[A-Z0-9]{12,}", MASK),
+    (r"\beyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?", MASK),
 )  # fmt: skip
-"""What a secret looks like, and what is left of it; lengths are bounded, so that no text takes long."""
+"""What a secret looks like, and what is left of it; lengths are bounded, so that no text takes long.
+
+Why strings: most runs mask nothing, and need not wait for them to be compiled.
+"""
 
 _QUERY = re.compile(r"""(?i)\b([a-z][a-z0-9+.-]{1,20}://[^\s?#"'<>]{1,4000})([?#][^\s"'<>]*)""")
 _PARAMETER = re.compile(r"([?&;#])([^=&;#]*)(=?)([^&;#]*)")
@@ -65,7 +68,7 @@ def masked(text: str) -> str:
             text = text.replace(secret, MASK)
     text = _QUERY.sub(lambda found: found[1] + _PARAMETER.sub(_masked_parameter, found[2]), text)
     for pattern, left in SECRETS:
-        text = pattern.sub(left, text)
+        text = re.sub(pattern, left, text)
     return text
 
 
