@@ -22,6 +22,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from gguf3n.outside import masked, printable
+
+CONTINUED = " " * 12
+"""Before each further line of a part, so that it is seen to be one."""
+
 SHOWN = 80
 """Characters of a value in a message."""
 
@@ -35,7 +40,7 @@ def shown(value: Any) -> str:
 
 
 class Gguf3nError(Exception):
-    """An error with a cause that a user can act on.
+    """An error with a cause that a user can act on; no part of it holds a password, a token or a key.
 
     Args:
         what: one sentence naming the file, and the tensor or key, where there is one.
@@ -49,17 +54,18 @@ class Gguf3nError(Exception):
     def __init__(
         self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
     ) -> None:
-        self.what = what
-        self.expected = expected
-        self.found = found
-        self.fix = fix
+        self.what = masked(what)
+        self.expected, self.found, self.fix = (
+            None if text is None else masked(text) for text in (expected, found, fix)
+        )
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        parts = [self.what]
+        """All parts, in characters that do nothing to a terminal."""
+        parts = [_lines(self.what)]
         for label, text in (("expected", self.expected), ("found", self.found), ("to do", self.fix)):
             if text is not None:
-                parts.append(f"  {label + ':':<10}{text}")
+                parts.append(f"  {label + ':':<10}{_lines(text)}")
         return "\n".join(parts)
 
     @property
@@ -77,6 +83,11 @@ class Gguf3nError(Exception):
             "found": self.found,
             "fix": self.fix,
         }
+
+
+def _lines(text: str) -> str:
+    first, *others = map(printable, text.split("\n"))
+    return "\n".join([first, *(line if line.startswith(CONTINUED) else CONTINUED + line for line in others)])
 
 
 class UsageError(Gguf3nError):

@@ -19,10 +19,11 @@ PACKAGE = Path(gguf3n.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 BELOW: dict[str, set[str]] = {
-    "errors": set(),
+    "outside": set(),
+    "errors": {"outside"},
     "progress": set(),
     "workers": set(),
-    "formats": {"errors"},
+    "formats": {"errors", "outside"},
     "quants": {"errors", "formats"},
     "recipes": {"errors", "formats"},
     "gemma3n": {"errors", "formats"},
@@ -31,14 +32,14 @@ BELOW: dict[str, set[str]] = {
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
     "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes"},
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
-    "engines": {"errors", "formats", "gemma3n", "inspection", "progress", "recipes", "workers"},
+    "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
-        "plots", "progress", "workers",
+        "outside", "plots", "progress", "workers",
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "validation", "progress", "workers", "",
+        "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {

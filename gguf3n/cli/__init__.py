@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any, NoReturn, cast
@@ -22,7 +23,9 @@ from typer.core import TyperCommand, TyperGroup
 import gguf3n
 from gguf3n.cli.console import print_error
 from gguf3n.cli.groups import flattened
+from gguf3n.cli.paint import say
 from gguf3n.errors import Gguf3nError, Interrupted
+from gguf3n.outside import inert, masked, printable
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,35 @@ class _OnDemand(Mapping[str, Any]):
         return len(COMMANDS)
 
 
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""The command line library's own, which typer has from click or brings with it."""
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """Makes what typer says of options and arguments printable: they may come from elsewhere, as in a script."""
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        said = cast(Any, error)
+        said.message = inert(printable(masked(said.message or "")))
+        raise
+
+
 class _Commands(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = cast(Any, _OnDemand())
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Reads the options before the command."""
+        with _printable_usage():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Reads the command's own, and runs it."""
+        with _printable_usage():
+            return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Lists the commands without loading any."""
@@ -127,7 +155,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"gguf3n {gguf3n.__version__}")
+        say(f"gguf3n {gguf3n.__version__}")
         raise typer.Exit
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gguf3n.cli.paint import paint, tell
 from gguf3n.errors import Gguf3nError
+from gguf3n.outside import inert_json, masked
 
 
 def human_bytes(n: float) -> str:
@@ -42,7 +43,7 @@ def print_json(value: Any) -> None:
 
     JSON has no infinity or NaN: they become strings. ASCII only, so that it can be parsed whatever the locale.
     """
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+    print(inert_json(json.dumps(_finite(value), indent=2, allow_nan=False)))
 
 
 def _finite(value: Any) -> Any:
@@ -57,11 +58,8 @@ def _finite(value: Any) -> Any:
 
 def print_error(error: Gguf3nError, *, as_json: bool) -> None:
     """An error in full on stderr; with --json also as the result."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), str(error)))
+    first, *others = str(error).split("\n")
+    tell(f"{paint('error: ', 'red', is_error=True)}{first}", *others)
     if as_json:
         print_json(error.as_dict())
 
@@ -69,4 +67,5 @@ def print_error(error: Gguf3nError, *, as_json: bool) -> None:
 def print_note(label: str, text: str, *, quiet: bool) -> None:
     """Something a user should know, on stderr."""
     if not quiet:
-        print(f"{label}: {text}", file=sys.stderr)
+        first, *others = masked(text).split("\n")
+        tell(f"{label}: {first}", *(f"  {line}" for line in others))

@@ -8,7 +8,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, print_json, shape_text
-from gguf3n.cli.paint import cut, line_width, paint
+from gguf3n.cli.paint import cut, line_width, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import FindingsError
 from gguf3n.inspection.diff import Difference, KeyChange, TensorChange
@@ -49,21 +49,21 @@ def _print(difference: Difference) -> None:
         _print_lines("layout", list(difference.layout))
     what = "keys, vocabulary, tensors and values" if difference.with_data else "keys, vocabulary, tensors"
     if difference.equal:
-        print(f"the same: {what}")
+        say(f"the same: {what}")
     elif difference.same_content:
-        print(f"the same content ({what}), laid out in another way")
+        say(f"the same content ({what}), laid out in another way")
     else:
         counts = (("keys", difference.keys), ("tensors", difference.tensors))
-        print("different: " + ", ".join(f"{len(found)} {word}" for word, found in counts if found))
+        say("different: " + ", ".join(f"{len(found)} {word}" for word, found in counts if found))
 
 
 def _print_lines(title: str, lines: list[str]) -> None:
-    print(paint(title, "bold"))
+    say(paint(title, "bold"))
     for line in lines[:SHOWN]:
-        print(cut(f"  {line}", line_width()))
+        say(cut(f"  {line}", line_width()))
     if len(lines) > SHOWN:
-        print(f"  and {len(lines) - SHOWN} more")
-    print()
+        say(f"  and {len(lines) - SHOWN} more")
+    say("")
 
 
 def _key_line(change: KeyChange) -> str:

@@ -12,7 +12,7 @@ from gguf.constants import Keys
 
 from gguf3n.cli import options
 from gguf3n.cli.console import print_json
-from gguf3n.cli.paint import cut, line_width, paint
+from gguf3n.cli.paint import cut, line_width, paint, say
 from gguf3n.cli.repair import HOW, WOULD
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.gguf_reader import open_part
@@ -71,10 +71,10 @@ def edit(
     if json:
         print_json(_as_json(result, dry_run=dry_run))
         return
-    print(paint(str(file), "bold"))
+    say(paint(str(file), "bold"))
     for change in result.changes:
-        print(cut(f"  {change}", line_width()))
-    print((WOULD if dry_run else HOW)[result.how])
+        say(cut(f"  {change}", line_width()))
+    say((WOULD if dry_run else HOW)[result.how])
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, print_json, print_note
-from gguf3n.cli.paint import filled, line_width, paint, printable
+from gguf3n.cli.paint import filled, line_width, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.conversion import read_source
 from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, measuring, read_texts
@@ -26,6 +26,7 @@ from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.part import text_part
 from gguf3n.gemma3n.source import open_checkpoint
 from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
+from gguf3n.outside import printable
 from gguf3n.progress import Meter
 
 SCHEMA = "gguf3n.imatrix/1"
@@ -144,12 +145,12 @@ def measure(
         print_json(_measured_json(measured, imatrix, seconds))
         return
     of = f", {imatrix.n_chunks:,} with those of {_names(merge)}" if merge else ""
-    print(output)
-    print(filled(f"{len(imatrix.entries)} entries, {measured.n_done:,} chunks of {ctx} tokens{of}"))
-    print(filled(f"perplexity {measured.perplexity:.4f}"))
+    say(str(output))
+    say(*filled(f"{len(imatrix.entries)} entries, {measured.n_done:,} chunks of {ctx} tokens{of}"))
+    say(*filled(f"perplexity {measured.perplexity:.4f}"))
     share = len(measured.seen) / measured.n_vocab
-    print(filled(f"{len(measured.seen):,} of {measured.n_vocab:,} tokens of the vocabulary seen ({share:.1%})"))
-    print(f"{seconds:.1f} s")
+    say(*filled(f"{len(measured.seen):,} of {measured.n_vocab:,} tokens of the vocabulary seen ({share:.1%})"))
+    say(f"{seconds:.1f} s")
 
 
 def _check_output(output: Path, *, force: bool) -> None:
@@ -172,27 +173,27 @@ def show(
     if json:
         print_json(_as_json(imatrix, found))
         return
-    print(paint(printable(str(file)), "bold"))
+    say(paint(str(file), "bold"))
     for line in columns(_facts(imatrix), "<<"):
-        print(line)
+        say(line)
     for dataset in imatrix.datasets:
-        print(filled(dataset))
-    print()
+        say(*filled(dataset))
+    say("")
     if found is None:
         for line in columns([("matrix", "entries", "columns", "inputs"), *_kinds(imatrix)], "<>>>"):
-            print(line)
+            say(line)
         return
     wide = line_width() >= FULL_WIDTH
     shown = [column for column in COLUMNS if wide or column[3]]
     rows = [tuple(name for name, *_ in shown)]
     rows += [tuple(text(entry) for _, _, text, _ in shown) for entry in found.entries]
     for line in columns(rows, "".join(align for _, align, *_ in shown)):
-        print(line)
-    print()
+        say(line)
+    say("")
     layers = [("layer", "total", "zd %", "cosine")]
     layers += [(str(each.bid), _g(each.total), _share(each.zd), _cosine(each.cosine)) for each in found.layers]
     for line in columns(layers, ">>>>"):
-        print(line)
+        say(line)
 
 
 def merge(
@@ -215,8 +216,8 @@ def merge(
     if json:
         print_json(_as_json(merged, None))
         return
-    print(output)
-    print(filled(f"{len(merged.entries)} entries, {merged.n_chunks:,} chunks of {merged.chunk_size} tokens"))
+    say(str(output))
+    say(*filled(f"{len(merged.entries)} entries, {merged.n_chunks:,} chunks of {merged.chunk_size} tokens"))
 
 
 def _check_ctx(earlier: Sequence[ImportanceMatrix], ctx: int) -> None:

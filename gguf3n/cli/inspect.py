@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from gguf3n.cli.console import columns, human_bytes, print_json, shape_text
-from gguf3n.cli.paint import cut, line_width, paint, printable
+from gguf3n.cli.paint import cut, line_width, paint, say, say_exactly
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, open_gguf
 from gguf3n.inspection import summary
+from gguf3n.outside import printable
 
 SCHEMA = "gguf3n.inspect/1"
 HEAD_ITEMS = 16
@@ -53,7 +54,7 @@ def inspect(
         _print_summary(gguf)
     for number, view in enumerate(wanted):
         if number:
-            print()
+            say("")
         if view == "keys":
             _print_keys(gguf, globs or [])
         elif view == "tensors":
@@ -63,7 +64,7 @@ def inspect(
         elif view == "tokens":
             _print_tokens(gguf, span)
         else:
-            print(_template(gguf) or "", end="")
+            say_exactly(_template(gguf) or "")
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -75,28 +76,28 @@ def _span(text: str) -> tuple[int, int]:
 
 def _print_summary(gguf: GGUFFile) -> None:
     parts = f", {len(gguf.parts)} parts" if len(gguf.parts) > 1 else ""
-    print(paint(printable(gguf.name), "bold"))
-    print(
+    say(paint(gguf.name, "bold"))
+    say(
         f"  GGUF version {gguf.version}, {gguf.byte_order}-endian, {len(gguf.keys)} keys, "
         f"{len(gguf.tensors)} tensors{parts}"
     )
-    print(f"  {human_bytes(gguf.file_bytes)} ({gguf.file_bytes:,} bytes), header {human_bytes(gguf.header_bytes)}")
-    print(f"  {gguf.n_weights:,} weights, {gguf.bits_per_weight:.2f} bits a weight\n")
+    say(f"  {human_bytes(gguf.file_bytes)} ({gguf.file_bytes:,} bytes), header {human_bytes(gguf.header_bytes)}")
+    say(f"  {gguf.n_weights:,} weights, {gguf.bits_per_weight:.2f} bits a weight", "")
     for line in columns([(f"  {label}", value) for label, value in summary.facts(gguf)], "<<"):
-        print(cut(line, line_width()))
+        say(cut(line, line_width()))
     rows = [("  type", "tensors", "weights", "size", "share")]
     total = sum(tensor.n_bytes for tensor in gguf.all_tensors)
     for count in summary.type_counts(gguf):
         share = f"{count.n_bytes / max(total, 1):.1%}"
         size = human_bytes(count.n_bytes)
         rows.append((f"  {count.qtype.name}", str(count.n_tensors), f"{count.n_weights:,}", size, share))
-    print()
+    say("")
     _print_table(rows, "<>>>>")
 
 
 def _print_table(rows: Sequence[Sequence[str]], align: str) -> None:
     for number, line in enumerate(columns(rows, align)):
-        print(paint(cut(line, line_width()), "bold") if number == 0 else cut(line, line_width()))
+        say(paint(cut(line, line_width()), "bold") if number == 0 else cut(line, line_width()))
 
 
 def _print_keys(gguf: GGUFFile, globs: Sequence[str]) -> None:
@@ -105,7 +106,7 @@ def _print_keys(gguf: GGUFFile, globs: Sequence[str]) -> None:
     for line in columns(
         [(key.name, _short_type(key), _shortened(key)) for key in shown] or [("no keys", "", "")], "<<<"
     ):
-        print(cut(line, line_width()))
+        say(cut(line, line_width()))
 
 
 def _short_type(key: GGUFKey) -> str:
@@ -159,10 +160,10 @@ def _print_names(label: str, names: Sequence[str]) -> None:
     used = len(label)
     for name in map(printable, names):
         if used + 1 + len(name) > line_width():
-            print(line)
+            say(line)
             line, used = "   ", 3
         line, used = f"{line} {name}", used + 1 + len(name)
-    print(line)
+    say(line)
 
 
 def _print_tokens(gguf: GGUFFile, span: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, print_json
-from gguf3n.cli.paint import filled, paint
+from gguf3n.cli.paint import annotate, filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.inspection.lint import CHECKS, Finding, Group, Report, Severity
@@ -54,26 +54,26 @@ def lint(
 
 
 def _print_report(report: Report) -> None:
-    print(paint(report.name, "bold"))
+    say(paint(report.name, "bold"))
     for check in CHECKS:
         found = [finding for finding in report.findings if finding.check is check]
         if found:
             print_findings(found)
     if report.skipped:
-        print(f"\n{filled(report.skipped, 0)}")
-    print(f"\n{_summary(report)}")
+        say("", *filled(report.skipped, 0))
+    say("", _summary(report))
 
 
 def print_findings(found: Sequence[Finding]) -> None:
     """The findings of one check: what, what it means, what to do."""
     check = found[0].check
     label = LABELS[check.severity]
-    print(f"\n{paint(label, STYLES[check.severity])} {paint(check.id, 'bold')}")
+    say("", f"{paint(label, STYLES[check.severity])} {paint(check.id, 'bold')}")
     lines = [finding.found for finding in found[:SHOWN]]
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more")
     for line in (*lines, f"→ {check.meaning}", f"→ {check.fix}"):
-        print(filled(line))
+        say(*filled(line))
 
 
 def _summary(report: Report) -> str:
@@ -86,15 +86,9 @@ def _counted(n: int, word: str) -> str:
 
 
 def _print_annotations(report: Report) -> None:
-    """Source: workflow commands of GitHub Actions, whose values are percent-encoded."""
     for finding in report.findings:
-        message = _escaped(f"{finding.found}: {finding.check.meaning}. To do: {finding.check.fix}")
-        name = _escaped(report.name).replace(":", "%3A").replace(",", "%2C")
-        print(f"::{finding.check.severity.value} file={name},title={finding.check.id}::{message}")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        message = f"{finding.found}: {finding.check.meaning}. To do: {finding.check.fix}"
+        annotate(finding.check.severity.value, finding.check.id, report.name, message)
 
 
 def _as_json(report: Report, *, ok: bool) -> dict[str, Any]:
@@ -116,6 +110,6 @@ def _print_checks(*, as_json: bool) -> None:
     rows = [(check.id, LABELS[check.severity], check) for check in CHECKS]
     for line, (_, _, check) in zip(columns([row[:2] for row in rows], "<<"), rows, strict=True):
         data = " (with --deep)" if check.group is Group.DATA else ""
-        print(paint(line, STYLES[check.severity]) + data)
+        say(paint(line, STYLES[check.severity]) + data)
         for text in (check.meaning, f"→ {check.fix}"):
-            print(filled(text, 4))
+            say(*filled(text, 4))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gguf3n.cli.console import human_bytes
+from gguf3n.cli.paint import tell
+from gguf3n.outside import printable
 from gguf3n.progress import OnProgress, Progress
 
 LINE_EVERY_SHARE = 0.1
@@ -42,7 +44,7 @@ def _bars() -> Iterator[OnProgress]:
 
     tasks: dict[str, TaskID] = {}
     with Bar(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
         TextColumn("{task.fields[amount]}"),
@@ -53,7 +55,7 @@ def _bars() -> Iterator[OnProgress]:
 
         def show(progress: Progress) -> None:
             if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(progress.stage, amount="")
+                tasks[progress.stage] = bar.add_task(printable(progress.stage), amount="")
             bar.update(tasks[progress.stage], completed=progress.done, total=progress.total, amount=amount(progress))
 
         yield show
@@ -74,6 +76,6 @@ def _lines() -> OnProgress:
             amount(progress),
             f"{left:.0f} s left" if share < 1 else f"{progress.seconds:.0f} s",
         ]
-        print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
+        tell("  ".join(filter(None, parts)))
 
     return show

@@ -9,6 +9,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note
+from gguf3n.cli.paint import say, say_exactly
 from gguf3n.conversion import read_recipe
 from gguf3n.formats.whole_file import write_whole
 from gguf3n.gemma3n.published import PUBLISHED
@@ -38,7 +39,7 @@ def list_recipes(
         sizes = [human_bytes(each.total_bytes) for each in estimates.values()]
         rows.append((recipe.name, *sizes, f"{estimates['E4B'].bits_per_weight:.2f}", recipe.summary))
     for line in columns(rows, "<" + ">" * len(PUBLISHED) + "><"):
-        print(line)
+        say(line)
 
 
 def show(
@@ -51,7 +52,7 @@ def show(
     if json:
         print_json(_as_json(recipe, estimates) | {"rules": [_rule_json(recipe, i) for i in range(len(recipe.rules))]})
         return
-    print(format_recipe(recipe, [_size_line(size, each) for size, each in estimates.items()]), end="")
+    say_exactly(format_recipe(recipe, [_size_line(size, each) for size, each in estimates.items()]))
 
 
 def extract(
@@ -66,7 +67,7 @@ def extract(
         print_note("note", recipe.note, quiet=quiet)
     text = format_recipe(recipe)
     if output is None:
-        print(text, end="")
+        say_exactly(text)
         return
     write_whole(output, text, force=force)
 

@@ -11,7 +11,7 @@ import typer
 from gguf3n.cli import options
 from gguf3n.cli.console import print_json
 from gguf3n.cli.lint import LABELS
-from gguf3n.cli.paint import filled, paint
+from gguf3n.cli.paint import filled, paint, say
 from gguf3n.errors import FindingsError
 from gguf3n.inspection.lint import Severity
 from gguf3n.inspection.repair import Repair
@@ -52,18 +52,18 @@ def repair(
 
 
 def _print(result: Repair, *, dry_run: bool) -> None:
-    print(paint(str(result.path), "bold"))
+    say(paint(str(result.path), "bold"))
     for check_id, n in Counter(fix.check_id for fix in result.fixes).items():
-        print(f"\n{paint(check_id, 'green')}")
+        say("", f"{paint(check_id, 'green')}")
         fixes = [fix.what for fix in result.fixes if fix.check_id == check_id]
         for line in (*fixes[:SHOWN], *([f"and {n - SHOWN} more"] if n > SHOWN else [])):
-            print(filled(line))
-    print(f"\n{(WOULD if dry_run else HOW)[result.how]}")
+            say(*filled(line))
+    say("", f"{(WOULD if dry_run else HOW)[result.how]}")
     for severity in Severity:
         left = Counter(finding.check.id for finding in result.left if finding.check.severity is severity)
         if left:
             names = ", ".join(f"{check_id} ({n})" if n > 1 else check_id for check_id, n in left.items())
-            print(filled(f"left: {LABELS[severity]} {names}", 0))
+            say(*filled(f"left: {LABELS[severity]} {names}", 0))
 
 
 def _as_json(result: Repair, *, dry_run: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, print_json, print_note, shape_text
-from gguf3n.cli.paint import cut, filled, line_width, paint, printable
+from gguf3n.cli.paint import cut, filled, line_width, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import open_gguf
@@ -29,6 +29,7 @@ from gguf3n.inspection.statistics import (
     f16_risks,
     measure_statistics,
 )
+from gguf3n.outside import printable
 from gguf3n.plots import LayerError, Magnitude, check_plot, write_statistics_plot
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def stats(
     if json:
         print_json(_as_json(result, risks, activation_max, compared))
         return
-    print(paint(printable(result.origin), "bold"))
+    say(paint(result.origin, "bold"))
     _print_sections(result)
     if f16_risk:
         _print_risks(risks, activation_max, show_all)
@@ -162,16 +163,16 @@ def _print_sections(result: Statistics) -> None:
             n_weights = sum(tensor.n_weights for tensor in tensors)
             rows.append((f"  {section.value}", f"{len(tensors)} tensors", f"{n_weights:,} weights", counts))
     for line in columns(rows, "<>><") if rows else ():
-        print(filled(line.removeprefix("  ")).replace("\xa0", " "))
+        say(*(part.replace("\xa0", " ") for part in filled(line.removeprefix("  "))))
     lost = [sum(getattr(tensor.part, field) for tensor in result.tensors) for field in F16_FIELDS]
-    print(filled(f"in float16: {lost[0]:,} weights overflow, {lost[1]:,} become zero, {lost[2]:,} subnormal"))
+    say(*filled(f"in float16: {lost[0]:,} weights overflow, {lost[1]:,} become zero, {lost[2]:,} subnormal"))
     broken = [tensor for tensor in result.tensors if tensor.part.n_nan + tensor.part.n_infinite]
     for tensor in broken[:SHOWN]:
         what = f"{tensor.name}: {tensor.part.n_nan:,} NaN, {tensor.part.n_infinite:,} infinite; left out below"
-        print(filled(what))
+        say(*filled(what))
     if len(broken) > SHOWN:
-        print(f"  and {len(broken) - SHOWN} more with NaN or infinity")
-    print()
+        say(f"  and {len(broken) - SHOWN} more with NaN or infinity")
+    say("")
 
 
 F16_FIELDS = ("f16_overflow", "f16_zero", "f16_subnormal")
@@ -200,9 +201,9 @@ def _print_tensors(result: Statistics, sort: Sort, show_all: bool) -> None:
     _print_table(rows, "<" + ("<<" if wide else "") + ">>>>>>")
     order = "in network order" if sort is Sort.NAME else f"by {sort.value}"
     if len(shown) < len(tensors):
-        print(filled(f"{len(shown)} of {len(tensors)} tensors, {order}; --all shows all", 0))
-    print(
-        filled(
+        say(*filled(f"{len(shown)} of {len(tensors)} tensors, {order}; --all shows all", 0))
+    say(
+        *filled(
             "kurt: excess kurtosis, 0 for a normal distribution. f16: the worst that float16 does: n inf, so many "
             "weights overflow; % 0, that share becomes zero; % sub, that share becomes subnormal and loses digits.",
             0,
@@ -250,7 +251,7 @@ def _print_table(rows: Sequence[tuple[str, ...]], align: str) -> None:
     room = max(line_width() - others, LEAST_NAME)
     fitted = [(_middle_cut(row[0], room), *row[1:]) for row in rows]
     for number, line in enumerate(columns(fitted, align)):
-        print(paint(cut(line, line_width()), "bold") if number == 0 else cut(line, line_width()))
+        say(paint(cut(line, line_width()), "bold") if number == 0 else cut(line, line_width()))
 
 
 def _print_risks(risks: Sequence[Risk], activation_max: float, show_all: bool) -> None:
@@ -258,7 +259,7 @@ def _print_risks(risks: Sequence[Risk], activation_max: float, show_all: bool) -
         what = (
             "no convolutions: text has none; they are in the vision and audio towers of a checkpoint or an mmproj file"
         )
-        print(filled(what, 0))
+        say(*filled(what, 0))
         return
     listed = [risk for risk in risks if risk.activation < activation_max]
     shown = listed if show_all else listed[:SHOWN]
@@ -277,18 +278,18 @@ def _print_risks(risks: Sequence[Risk], activation_max: float, show_all: bool) -
     if shown:
         _print_table(rows, "<<>>>")
     if len(shown) < len(listed):
-        print(filled(f"{len(shown)} of {len(listed)}; --all shows all", 0))
+        say(*filled(f"{len(shown)} of {len(listed)}; --all shows all", 0))
     limit = f"{activation_max:g}"
     count = f"{len(listed)} of {len(risks)} convolutions can exceed {F16_MAX:.0f} with activations of at most {limit}"
     meaning = (
         ": sum is the largest sum of an output channel's magnitudes, and activations from 'overflows at' on, of the "
         "right signs, carry it there."
     )
-    print(filled(count + (meaning if shown else "."), 0))
+    say(*filled(count + (meaning if shown else "."), 0))
     rest = risks[len(listed) :]
     if rest:
         safe = f"The other {len(rest)} cannot; the first of them from {_activation(rest[0])}"
-        print(filled(f"{safe} ({short_name(rest[0].tensor.name)}).", 0))
+        say(*filled(f"{safe} ({short_name(rest[0].tensor.name)}).", 0))
 
 
 def _print_errors(compared: TensorsResult, show_all: bool) -> None:
@@ -298,20 +299,20 @@ def _print_errors(compared: TensorsResult, show_all: bool) -> None:
     for error in shown:
         low, high = error.expected
         rows.append((short_name(error.name), error.qtype.name, f"{error.rms_error:.3g}", f"{low:.2g} to {high:.2g}"))
-    print()
+    say("")
     _print_table(rows, "<<><")
     if len(shown) < len(errors):
-        print(filled(f"{len(shown)} of {len(errors)} tensors; --all shows all", 0))
+        say(*filled(f"{len(shown)} of {len(errors)} tensors; --all shows all", 0))
     if compared.problems:
-        print(filled(f"{len(compared.problems)} problems: gguf3n validate --stages tensors says what they are", 0))
+        say(*filled(f"{len(compared.problems)} problems: gguf3n validate --stages tensors says what they are", 0))
 
 
 def _print_skipped(result: Statistics, show_all: bool) -> None:
-    print(f"\n{len(result.skipped)} tensors were not read:")
+    say("", f"{len(result.skipped)} tensors were not read:")
     for tensor in result.skipped if show_all else result.skipped[:SHOWN]:
-        print(filled(f"{tensor.name} ({tensor.dtype}): {tensor.reason}"))
+        say(*filled(f"{tensor.name} ({tensor.dtype}): {tensor.reason}"))
     if len(result.skipped) > SHOWN and not show_all:
-        print(f"  and {len(result.skipped) - SHOWN} more")
+        say(f"  and {len(result.skipped) - SHOWN} more")
 
 
 def _as_json(

@@ -9,7 +9,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import print_json, print_note
-from gguf3n.cli.paint import filled, paint
+from gguf3n.cli.paint import filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
@@ -107,21 +107,21 @@ def validate(
 
 def print_validation(validation: Validation) -> None:
     """A line or two for each stage, what is wrong, the verdict."""
-    print(paint(str(validation.path), "bold"))
-    print(filled(f"against {validation.reference}"))
+    say(paint(str(validation.path), "bold"))
+    say(*filled(f"against {validation.reference}"))
     for stage, result in validation.stages.items():
         label = paint(f"{result.verdict.value:<4}", STYLES[result.verdict])
         said = result.lines()
-        print(f"  {label}  {stage.value:<9}  {said[0]}")
+        say(f"  {label}  {stage.value:<9}  {said[0]}")
         for line in said[1:]:
-            print(f"{'':19}{line}")
+            say(f"{'':19}{line}")
         for problem in result.problems[:SHOWN]:
-            print(filled(f"{problem.verdict.value}: {problem.where}: {problem.what}", 8))
+            say(*filled(f"{problem.verdict.value}: {problem.where}: {problem.what}", 8))
         if len(result.problems) > SHOWN:
-            print(filled(f"and {len(result.problems) - SHOWN} more", 8))
+            say(*filled(f"and {len(result.problems) - SHOWN} more", 8))
         for remark in result.remarks[:SHOWN]:
-            print(filled(f"note: {remark}", 8))
-    print(paint(f"verdict: {validation.verdict.value}", STYLES[validation.verdict]))
+            say(*filled(f"note: {remark}", 8))
+    say(paint(f"verdict: {validation.verdict.value}", STYLES[validation.verdict]))
 
 
 def validation_json(validation: Validation) -> dict[str, Any]:

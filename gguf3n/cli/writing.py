@@ -12,6 +12,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note, shape_text
+from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
 from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, write
@@ -169,9 +170,9 @@ def _type_counts(plan: Plan) -> str:
 def _print_written(written: Sequence[Conversion]) -> None:
     for conversion in written:
         plan = conversion.plan
-        print(conversion.path)
-        print(f"  {human_bytes(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits a weight, {_type_counts(plan)}")
-    print(f"{written[0].seconds:.1f} s")
+        say(str(conversion.path))
+        say(f"  {human_bytes(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits a weight, {_type_counts(plan)}")
+    say(f"{written[0].seconds:.1f} s")
 
 
 def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
@@ -182,17 +183,17 @@ def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
         why = f"[{reasons.index((tensor.rule, tensor.reason)) + 1}]"
         differs = "" if other.slot.qtype is slot.qtype else other.slot.qtype.name
         rows.append((slot.name, shape_text(slot.shape), slot.qtype.name, human_bytes(slot.n_bytes), why, differs))
-    print(f"{path}: {plan.recipe.name}")
+    say(f"{path}: {plan.recipe.name}")
     for line in columns(rows, "<><><<"):
-        print(line)
+        say(line)
     for number, (rule, reason) in enumerate(reasons, 1):
-        print(f"[{number}] {rule}: {reason}")
-    print(f"{len(plan.tensors)} tensors: {_type_counts(plan)}")
-    print(f"{plan.total_bytes:,} bytes ({human_bytes(plan.total_bytes)}), {plan.bits_per_weight:.2f} bits a weight")
+        say(f"[{number}] {rule}: {reason}")
+    say(f"{len(plan.tensors)} tensors: {_type_counts(plan)}")
+    say(f"{plan.total_bytes:,} bytes ({human_bytes(plan.total_bytes)}), {plan.bits_per_weight:.2f} bits a weight")
     if against is not None:
         n_different = sum(row[-1] != "" for row in rows[1:])
         difference = plan.total_bytes - against.total_bytes
-        print(
+        say(
             f"against {against.recipe.name}: {n_different} tensors in another type, {difference:+,} bytes "
             f"({difference / against.total_bytes:+.2%})"
         )

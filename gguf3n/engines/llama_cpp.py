@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from gguf3n.engines.llama_library import LlamaLibrary, UnknownLayout
 from gguf3n.errors import GGUFError, UsageError
+from gguf3n.formats.transport import Clock, Redirects, checked_address, content_length, opener, origin
+from gguf3n.outside import masked
 from gguf3n.workers import processors
 
 # more than any vocabulary: the server then returns all of it
@@ -45,7 +47,14 @@ reports is taken before the bias.
 """
 
 TIMEOUT_SECONDS = 600
-"""For one answer of a server elsewhere; a large prompt on a slow machine takes minutes."""
+"""For one answer of a server elsewhere, from the request to its last byte; a large prompt on a slow machine takes
+minutes."""
+
+MAX_ANSWER_BYTES = 1 << 28
+"""Of one answer; all candidates of Gemma 3n's vocabulary take about 30 million."""
+
+MAX_SHOWN = 500
+"""Characters of an answer in a message."""
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 """Where llama-server itself looks for the key it demands."""
@@ -192,7 +201,7 @@ class LlamaServer:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"--server {url}: not an address", expected="one like http://127.0.0.1:8080")
         self.url = url.rstrip("/")
-        self.name = f"llama-server at {self.url}"
+        self.name = f"llama-server at {masked(self.url)}"
         self._get("/health")
 
     def close(self) -> None:
@@ -211,26 +220,25 @@ class LlamaServer:
         try:
             (step,) = answer["completion_probabilities"]
             return _distribution(step["top_logprobs"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise UsageError(
                 f"{self.url}: the server does not return the whole vocabulary's probabilities",
                 expected="completion_probabilities with every token's logprob, as llama-server's /completion has them",
-                found=json.dumps(answer)[:200],
+                found=masked(json.dumps(answer))[:MAX_SHOWN],
             ) from error
 
     def _get(self, path: str, request: dict[str, Any] | None = None) -> Any:
         try:
             return post(self.url + path, request)
         except urllib.error.HTTPError as error:
-            said = " ".join(error.read(500).decode(errors="replace").split())
-            found = f"{error.code} {error.reason}: {said}"
             raise UsageError(
                 f"{self.url}{path}: the server refuses",
-                found=found,
+                found=f"{error.code} {error.reason}: {said(error)}",
                 fix=f"is it a llama-server, with a model loaded and a context that is large enough? "
                 f"A key that it demands is taken from {KEY_VARIABLE}",
             ) from error
-        except (ValueError, http.client.HTTPException) as error:  # no address, or no JSON; no HTTP, or half an answer
+        except (ValueError, RecursionError, http.client.HTTPException) as error:
+            # no address, or no JSON; no HTTP, or half an answer
             raise UsageError(
                 f"{self.url}{path}: not a llama-server", found=str(error).strip(), fix="correct --server"
             ) from error
@@ -253,12 +261,48 @@ def _distribution(candidates: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
     return logprobs
 
 
+def said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says to a request that it refuses."""
+    try:
+        body = error.read(8 * MAX_SHOWN)
+    except (OSError, http.client.HTTPException):
+        return "no more"
+    finally:
+        error.close()
+    return masked(" ".join(body.decode(errors="replace").split()))[:MAX_SHOWN]
+
+
+class _SameOrigin(Redirects):
+    """Why: the key and the text are for the server that the user has named."""
+
+    def followed(self, request: urllib.request.Request, target: str, code: int) -> urllib.request.Request:
+        if origin(request.full_url) != origin(target):
+            raise UsageError(
+                f"{request.full_url}: the server redirects to another origin",
+                expected="an answer; a key and a text are not taken elsewhere",
+                found=f"{code} to {target}",
+                fix="give --server that address, if it is to be trusted",
+            )
+        data = request.data if code in (307, 308) else None
+        return urllib.request.Request(target, data, dict(request.headers))
+
+
 def post(url: str, request: dict[str, Any] | None) -> Any:
-    """A server's JSON answer, to GET where there is no request; no proxy stands between."""
+    """A server's JSON answer, to GET where there is no request; no proxy stands between.
+
+    Raises: UsageError: a redirect to another origin; ValueError: no address, or no JSON; what urllib raises.
+    """
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE):
+    if key := os.environ.get(KEY_VARIABLE, "").strip():
         headers["Authorization"] = f"Bearer {key}"
     data = None if request is None else json.dumps(request).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as answer:
-        return json.load(answer)
+    clock = Clock()
+    clock.start(TIMEOUT_SECONDS)
+    ask = opener(clock, urllib.request.ProxyHandler({}), _SameOrigin())
+    asked = urllib.request.Request(checked_address(url), data, headers)
+    with ask.open(asked, timeout=TIMEOUT_SECONDS) as answer:
+        content_length(answer.headers)
+        body = answer.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+    return json.loads(body)

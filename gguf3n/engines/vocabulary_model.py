@@ -18,7 +18,7 @@ from typing import Any
 
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, Keys
 
-from gguf3n.engines.llama_cpp import LlamaCpp, post
+from gguf3n.engines.llama_cpp import LlamaCpp, post, said
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_draft import Draft, DraftTensor
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
@@ -98,8 +98,7 @@ class VocabularyModel(LlamaCpp):
         try:
             return post(self.url + path, request)
         except urllib.error.HTTPError as error:
-            said = " ".join(error.read(500).decode(errors="replace").split())
-            raise GGUFError(f"{self._path}: llama.cpp's server fails at {path}", found=said) from error
+            raise GGUFError(f"{self._path}: llama.cpp's server fails at {path}", found=said(error)) from error
 
 
 def write_vocabulary_model(gguf: GGUFFile, output: Path, *, with_template: bool) -> None:

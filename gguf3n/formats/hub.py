@@ -5,7 +5,8 @@
     weights      model.safetensors, or else the shards: one after another
 
 Cache, retries, progress bars, login, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's. Where the Hub
-cannot be reached, a complete copy in the cache does.
+cannot be reached, a complete copy in the cache does. What is downloaded is held against its size and hash; what is in
+the cache already was, and is not read for that again.
 
 Why: names are exact, never patterns, so that `original/`, `onnx/`, `consolidated.safetensors` and `.bin` copies stay
 on the Hub. A single file goes before an index, as in transformers: an index beside it is left over from an earlier
@@ -16,16 +17,21 @@ hf_xet is parallel within a file anyway.
 from __future__ import annotations
 
 import errno
+import hashlib
+import logging
 import os
 import re
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from gguf3n.errors import CheckpointError, Gguf3nError, HubError, OutputError
 from gguf3n.formats.checkpoint import (
@@ -38,6 +44,8 @@ from gguf3n.formats.checkpoint import (
     weight_map,
 )
 from gguf3n.formats.rows import Stored
+from gguf3n.formats.transport import LENGTH
+from gguf3n.outside import inert, masked, one_line
 
 SMALL_FILES = (
     "config.json",
@@ -57,6 +65,20 @@ SMALL_FILES = (
 
 HEADER_REQUEST_BYTES = 256 * 1024
 """The first request for a safetensors header; Gemma 3n's headers are smaller, so one request a shard is enough."""
+
+SMALL_AT_ONCE = 8
+"""Small files that are fetched at the same time; each waits for the Hub most of the time."""
+
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""What names commits and files. Why: huggingface_hub makes paths of them, whatever a server says that they are."""
+
+MAX_FILE_BYTES = 1 << 43
+"""Of a file on the Hub: 8 TiB, half of what ext4 can hold; the Hub takes files of 0.5 TB."""
+
+HASHED_BYTES = 1 << 20
+"""Read at a time for a hash."""
+
+AGAIN = "run the same command again; it resumes with the files that are not complete"
 
 REPO_ID = re.compile(r"\w(?:[\w.-]*\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 
@@ -105,32 +127,34 @@ def fetch_checkpoint(
 
     Raises: HubError; OutputError if the cache cannot be written; CheckpointError for a broken index.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
     revision = revision or "main"
-    names, unreachable = _list_files(repo_id, revision, token)
+    names, commit, unreachable = _list_files(repo_id, revision, token)
     from_cache = unreachable is not None
     if not from_cache and not _weight_files(names):
         raise _no_safetensors(repo_id, names)
 
-    with _progress_bars(progress):
-        with _explained(repo_id, revision, "the small files", unreachable):
-            snapshot = snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                library_name="gguf3n",
-                allow_patterns=list(SMALL_FILES),
-                local_files_only=from_cache,
-            )
-        directory = Path(snapshot)
-        commit = directory.name
+    with _progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
 
         def fetch(name: str) -> None:
             with _explained(repo_id, revision, name, unreachable):
-                hf_hub_download(
-                    repo_id, name, revision=commit, token=token, library_name="gguf3n", local_files_only=from_cache
+                download(name, commit, from_cache=from_cache)
+
+        with _explained(repo_id, revision, "the small files", unreachable):
+            if from_cache:
+                directory = Path(
+                    snapshot_download(
+                        repo_id, revision=revision, allow_patterns=list(SMALL_FILES), local_files_only=True
+                    )
                 )
+                commit = directory.name
+            else:
+                first, *others = [name for name in SMALL_FILES if name in names] or _weight_files(names)[:1]
+                # by its revision: huggingface_hub then notes the commit for runs without network
+                directory = download(first, revision, from_cache=False).parent
+                with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
+                    list(pool.map(lambda name: download(name, commit, from_cache=False), others))
 
         if unreachable is not None:
             names = [path.name for path in directory.iterdir()]
@@ -186,7 +210,7 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> list[str]:
     """The names of all files of a repository. Raises: HubError."""
-    names, unreachable = _list_files(repo_id, revision or "main", token)
+    names, _, unreachable = _list_files(repo_id, revision or "main", token)
     if unreachable is not None:
         raise _explain(unreachable, repo_id, revision or "main", None) from unreachable
     return names
@@ -216,7 +240,14 @@ def _fetch_header(checkpoint: FetchedCheckpoint, name: str, token: str | bool | 
         response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
         hf_raise_for_status(response)
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        return response.content[:n_bytes], int(total) if total.isdigit() else len(response.content)
+        file_bytes = int(total) if LENGTH.fullmatch(total) else len(response.content)
+        if file_bytes > MAX_FILE_BYTES:
+            raise HubError(
+                f"{checkpoint.repo_id}: {name} is too large",
+                expected=f"{MAX_FILE_BYTES:,} bytes at most",
+                found=f"{file_bytes:,}",
+            )
+        return response.content[:n_bytes], file_bytes
 
     raw, file_bytes = first(HEADER_REQUEST_BYTES)
     if len(raw) >= 8:
@@ -226,10 +257,12 @@ def _fetch_header(checkpoint: FetchedCheckpoint, name: str, token: str | bool | 
     return raw, file_bytes
 
 
-def _list_files(repo_id: str, revision: str, token: str | bool | None) -> tuple[list[str], Exception | None]:
-    """The names of all files at a revision; or none, and why the Hub could not tell."""
+def _list_files(repo_id: str, revision: str, token: str | bool | None) -> tuple[list[str], str, Exception | None]:
+    """The names of all files at a revision, and its commit; or nothing, and why the Hub could not tell."""
     from huggingface_hub import HfApi, constants
 
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_plain_record)
     try:
         info = HfApi(library_name="gguf3n", token=token).model_info(
             repo_id, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -238,8 +271,140 @@ def _list_files(repo_id: str, revision: str, token: str | bool | None) -> tuple[
         status = _status(error)
         if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status != 429):
             raise _explain(error, repo_id, revision, None) from error
-        return [], error
-    return [sibling.rfilename for sibling in info.siblings or ()], None
+        return [], "", error
+    commit = str(info.sha)
+    _check_hash(repo_id, "a commit", commit)
+    return [sibling.rfilename for sibling in info.siblings or ()], commit, None
+
+
+def _plain_record(record: logging.LogRecord) -> bool:
+    """Makes what huggingface_hub logs printable: signed addresses and what a server wants to be shown."""
+    record.msg, record.args = inert(one_line(masked(record.getMessage()))), None
+    return True
+
+
+def _check_hash(repo_id: str, what: str, said: str) -> None:
+    if not HASH.fullmatch(said):
+        raise HubError(
+            f"{repo_id}: the Hub says what is not {what}",
+            expected="40 or 64 hexadecimal digits",
+            found=said[:80],
+            fix="check HF_ENDPOINT and the proxy",
+        )
+
+
+class _Download:
+    """Downloads files of one commit, and holds each against what the Hub says of it."""
+
+    def __init__(self, repo_id: str, commit: str, token: str | bool | None, metadata: dict[str, Any]) -> None:
+        self._repo_id, self._commit, self._token = repo_id, commit, token
+        self._metadata = metadata
+
+    def __call__(self, name: str, revision: str, *, from_cache: bool) -> Path:
+        from huggingface_hub import file_download, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+        known = try_to_load_from_cache(self._repo_id, name, revision=self._commit) if self._commit else None
+        path = Path(
+            hf_hub_download(
+                self._repo_id,
+                name,
+                revision=revision,
+                token=self._token,
+                library_name="gguf3n",
+                local_files_only=from_cache,
+            )
+        )
+        if not from_cache and not isinstance(known, str):
+            url = hf_hub_url(self._repo_id, name, revision=revision)
+            metadata = self._metadata.get(url) or file_download.get_hf_file_metadata(url=url, token=self._token)
+            self._check(path, metadata)
+        return path
+
+    def _check(self, path: Path, metadata: Any) -> None:
+        n_bytes = path.stat().st_size
+        expected = found = f"{n_bytes:,} bytes"
+        if metadata.size is not None and n_bytes != metadata.size:
+            expected = f"{metadata.size:,} bytes"
+        else:
+            try:
+                digest = _digest(path, is_sha256=len(metadata.etag) == 64)
+            except BaseException:
+                path.unlink()  # a name in the cache is for what was checked; the bytes stay
+                raise
+            if digest != metadata.etag:
+                expected, found = f"hash {metadata.etag}", f"hash {digest}"
+        if expected != found:
+            blob = path.parent / os.readlink(path) if path.is_symlink() else path
+            path.unlink()
+            blob.unlink(missing_ok=True)
+            raise HubError(
+                f"{self._repo_id}: {path.name} is not what the Hub says it is",
+                expected=expected,
+                found=found,
+                fix="run the same command again: the file was removed from the cache. Where it happens again, "
+                "something between here and the Hub changes files: see HF_ENDPOINT and the proxy",
+            )
+
+
+def _digest(path: Path, *, is_sha256: bool) -> str:
+    """The hash by which the Hub names a file: SHA-256 of a large one, git's of the others."""
+    if is_sha256:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while data := file.read(HASHED_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Why: while files are fetched a function of huggingface_hub is another one."""
+
+
+@contextmanager
+def _checked_downloads(repo_id: str, commit: str, token: str | bool | None) -> Iterator[_Download]:
+    """What downloads; a commit or an ETag that is no hash does not reach huggingface_hub.
+
+    Why: it asks for both just before it makes paths of them, in a function of a public name, and has no place of its
+    own for a check; asking before it would leave a server the choice to answer differently the second time.
+    """
+    from huggingface_hub import file_download
+
+    ask = file_download.get_hf_file_metadata
+    seen: dict[str, Any] = {}
+
+    def checked(url: str, **options: Any) -> Any:
+        try:
+            metadata = ask(url=url, **options)
+        except Exception as error:  # huggingface_hub notes for a commit, too, which file is missing
+            headers = getattr(getattr(error, "response", None), "headers", {})
+            _check_hash(repo_id, "a commit", headers.get("X-Repo-Commit") or commit)
+            raise
+        xet_hash = None if metadata.xet_file_data is None else metadata.xet_file_data.file_hash
+        for what, said in (
+            ("a commit", metadata.commit_hash),
+            ("the hash of a file", metadata.etag),
+            ("the hash of a file", xet_hash),
+        ):
+            if said is not None:
+                _check_hash(repo_id, what, said)
+        if metadata.commit_hash not in (None, commit):
+            raise HubError(
+                f"{repo_id}: the repository changed while it was fetched",
+                expected=f"commit {commit}",
+                found=metadata.commit_hash,
+                fix="run the same command again",
+            )
+        seen[url] = metadata
+        return metadata
+
+    with _ONE_AT_A_TIME:
+        file_download.get_hf_file_metadata = checked
+        try:
+            yield _Download(repo_id, commit, token, seen)
+        finally:
+            file_download.get_hf_file_metadata = ask
 
 
 def _weight_files(names: list[str]) -> list[str]:
@@ -309,7 +474,6 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
     causes = _causes(error)
     page = f"https://huggingface.co/{repo_id}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    again = "run the same command again; it resumes with the files that are not complete"
     status = next((code for code in map(_status, causes) if code is not None), None)
     found = _found(causes)
 
@@ -320,7 +484,7 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
         return OutputError(
             f"{constants.HF_HUB_CACHE}: no space left for {doing or 'the download'} of {repo_id}",
             found=found,
-            fix="free some space, or set HF_HOME to a directory on a larger disk; " + again,
+            fix="free some space, or set HF_HOME to a directory on a larger disk; " + AGAIN,
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return OutputError(
@@ -371,9 +535,9 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
         return HubError(f"{repo_id}: too many requests to the Hub", found=found, fix=f"wait a few minutes, or {log_in}")
     if status is not None:
         what = f"{repo_id}: the Hub answers with an error" + (f" for {doing}" if doing is not None else "")
-        return HubError(what, found=found, fix=again)
+        return HubError(what, found=found, fix=AGAIN)
     if doing is not None:
-        return HubError(f"{repo_id}: the download of {doing} broke off", found=found, fix=again)
+        return HubError(f"{repo_id}: the download of {doing} broke off", found=found, fix=AGAIN)
     return HubError(
         f"{repo_id} at {revision!r}: the Hub cannot be reached, and the cache has no complete copy",
         expected=f"an answer from {constants.ENDPOINT}",
@@ -412,5 +576,5 @@ def _found(causes: list[BaseException]) -> str:
         # a LocalEntryNotFoundError only says that something failed
         last = next((cause for cause in causes if not isinstance(cause, FileNotFoundError)), causes[0])
         text = f"{type(last).__name__}: {last}" if str(last) else type(last).__name__
-    line = " ".join(text.split())
+    line = masked(" ".join(text.split()))
     return line if len(line) <= 240 else line[:239] + "…"

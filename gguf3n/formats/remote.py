@@ -24,28 +24,38 @@ import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from email.message import Message
-from typing import IO, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from gguf3n.errors import HubError
 from gguf3n.formats.byte_source import ByteSource
+from gguf3n.formats.transport import (
+    Clock,
+    Redirects,
+    checked_address,
+    content_length,
+    is_malformed,
+    opener,
+    retry_after,
+)
+from gguf3n.outside import masked
 
 BLOCK_BYTES = 1 << 20
 MAX_BLOCKS = 32
 """What is kept of a file, in blocks; the header of a model with the largest vocabulary is half of it."""
 MAX_STREAM_BYTES = 1 << 26
 """How far a file is read where the server ignores ranges."""
-MAX_REDIRECTS = 5
 ATTEMPTS = 4
 TIMEOUT_SECONDS = 10.0
 """Without a byte."""
 REQUEST_SECONDS = 60.0
-"""For one read, all attempts together."""
+"""For one read, all attempts, redirects and waits together."""
+MAX_RETRY_AFTER_SECONDS = 30.0
+"""How long a server that asks for it is left alone; for longer, the user is told."""
 BACKOFF_SECONDS = 0.25
 PIECE_BYTES = 1 << 16
 
 HUB_PAGE = re.compile(r"(https://huggingface\.co/[^/]+/[^/]+)/blob/")
-CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 NO_MODEL = re.compile(r"(^|/)mmproj|imatrix", re.IGNORECASE)
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
@@ -90,25 +100,45 @@ def choose_file(repo_id: str, names: list[str], wanted: str) -> str:
     )
 
 
+class _Busy(OSError):
+    """A server that may answer later.
+
+    Args:
+        wait: for how many seconds it wants to be left alone.
+    """
+
+    def __init__(self, said: str, wait: float | None) -> None:
+        super().__init__(said)
+        self.wait = wait
+
+
 class RemoteFile:
     """A file on a server. Blocks that were read are kept, up to a bound.
+
+    Args:
+        name: what it is called instead of its address; without one it is the address without what may be secret.
 
     Raises: HubError where the server does not answer as it should, in the constructor and when reading.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None, *, name: str | None = None) -> None:
-        self.url = url
-        self.name = name or url
+        self.name = name or masked(url)
+        try:
+            self.url = checked_address(url)
+        except ValueError as error:
+            raise self._error(
+                "not an address", expected="one like https://host/path/model.gguf", found=str(error)
+            ) from error
         self.n_bytes = 0
         self.fetched_bytes = 0
         self._headers = {"User-Agent": "gguf3n", **(headers or {}), "Accept-Encoding": "identity"}
-        self._opener = urllib.request.build_opener(_Redirects)
+        self._clock = Clock()
+        self._opener = opener(self._clock, Redirects())
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._head: bytearray | None = None
         """What was streamed of a file whose server ignores ranges."""
         self._stream: Iterator[bytes] | None = None
         self._size: int | None = None
-        self._deadline = 0.0
         self._keep(0, self._fetch(0, BLOCK_BYTES))
         if self._size is None:
             raise self._error("the server does not say how large the file is")
@@ -150,19 +180,21 @@ class RemoteFile:
     def _fetch(self, start: int, end: int) -> bytes:
         """The bytes of a range, to the file's end at most, in as many requests as it takes."""
         got = bytearray()
-        self._deadline = time.monotonic() + REQUEST_SECONDS
+        self._clock.start(REQUEST_SECONDS)
         cause: Exception | None = None
         failures = 0
-        while failures < ATTEMPTS and time.monotonic() < self._deadline:
+        while failures < ATTEMPTS:
             before = len(got)
             try:
                 for piece in self._request(start + before, end):
                     got += piece
                 cause = None
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 if isinstance(reason, ssl.SSLCertVerificationError):
                     raise self._error("the server's certificate is not valid", found=str(reason)) from error
+                if is_malformed(error):
+                    raise self._malformed(error) from error
                 cause = error
             if self._size is not None:
                 end = min(end, self._size)
@@ -171,8 +203,9 @@ class RemoteFile:
             elif cause is None:
                 return bytes(got)
             if len(got) - before < PIECE_BYTES:  # else a server that breaks off, but gets on
-                time.sleep(BACKOFF_SECONDS * 2**failures)
                 failures += 1
+                if failures == ATTEMPTS or not self._waited(cause, BACKOFF_SECONDS * 2**failures):
+                    break
         said = "" if self._size is None else f" of {self._size:,}"
         found = f"{len(got):,} bytes" if cause is None else f"{type(cause).__name__}: {cause}"
         raise self._error(
@@ -182,11 +215,31 @@ class RemoteFile:
             fix="try again, or download the file",
         ) from cause
 
+    def _waited(self, cause: Exception | None, seconds: float) -> bool:
+        """Whether there is time to ask again; waits as long as the server wants, or else for some seconds."""
+        if isinstance(cause, _Busy) and cause.wait is not None:
+            if cause.wait > MAX_RETRY_AFTER_SECONDS:
+                raise self._error(
+                    "the server wants to be left alone for a while",
+                    expected=f"Retry-After: {MAX_RETRY_AFTER_SECONDS:.0f} at most",
+                    found=f"{cause}, Retry-After: {cause.wait:.0f}",
+                    fix=f"try again in {cause.wait:.0f} s",
+                ) from cause
+            seconds = max(seconds, cause.wait)
+        try:
+            enough = self._clock.left() > seconds
+        except TimeoutError:
+            return False
+        if enough:
+            time.sleep(seconds)
+        return enough
+
     def _request(self, start: int, end: int) -> Iterator[bytes]:
         """What a server answers to one request for a range; takes note of the file's size."""
         headers = {**self._headers, "Range": f"bytes={start}-{end - 1}"}
         try:
-            response = self._opener.open(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT_SECONDS)
+            wait = min(TIMEOUT_SECONDS, self._clock.left())
+            response = self._opener.open(urllib.request.Request(self.url, headers=headers), timeout=wait)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code == 416 and start == 0:
@@ -199,29 +252,36 @@ class RemoteFile:
                         found=f"none at {start:,}",
                     ) from error
                 if error.code in (429, 500, 502, 503, 504):
-                    raise OSError(f"HTTP {error.code} {error.reason}") from error
+                    raise _Busy(f"HTTP {error.code} {error.reason}", retry_after(error.headers)) from error
                 raise self._refused(error) from error
+        try:
+            length = content_length(response.headers)
+        except ValueError:
+            response.close()
+            raise
         if encoding := response.headers.get("Content-Encoding"):
             response.close()
             raise self._error("the server changes the file", expected="its bytes", found=f"encoding {encoding}")
         if response.status == 206:
             with response:
-                first, size = self._content_range(response.headers)
+                first, last, size = self._content_range(response.headers)
                 if first != start:
                     raise self._error("the server gives another range", expected=f"byte {start:,}", found=f"{first:,}")
                 if self._size is not None and size != self._size:
                     raise self._error(
                         "the file changed while it was read", expected=f"{self._size:,}", found=f"{size:,}"
                     )
+                if not first <= last < size:
+                    raise ValueError(f"Content-Range: {first}-{last}/{size}")
                 self._size = size
                 yield from map(self._counted, _pieces(response, end - start))
             return
-        if start > 0 or (length := response.headers.get("Content-Length", "")) == "" or not length.isdigit():
+        if start > 0 or length is None:
             response.close()
             if start > 0:
                 raise OSError("the server ignores the range")
             return
-        self._size = int(length)
+        self._size = length
         self._head = bytearray()
         self._stream = _pieces(response, self._size)
         self._pull(min(end, self._size))
@@ -229,8 +289,6 @@ class RemoteFile:
 
     def _counted(self, piece: bytes) -> bytes:
         self.fetched_bytes += len(piece)
-        if time.monotonic() > self._deadline:
-            raise TimeoutError(f"more than {REQUEST_SECONDS:.0f} s")
         return piece
 
     def _pull(self, end: int) -> None:
@@ -243,7 +301,7 @@ class RemoteFile:
                 found=f"byte {end:,}",
                 fix="download the file",
             )
-        self._deadline = time.monotonic() + REQUEST_SECONDS
+        self._clock.start(REQUEST_SECONDS)
         try:
             while len(self._head) < end:
                 piece = next(self._stream, None)
@@ -258,15 +316,18 @@ class RemoteFile:
         except (OSError, http.client.HTTPException) as error:
             raise self._error("the server ignores ranges and breaks off", found=str(error)) from error
 
-    def _content_range(self, headers: Message) -> tuple[int, int]:
+    def _content_range(self, headers: Message) -> tuple[int, int, int]:
         match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
         if match is None:
             raise self._error(
                 "the server does not say what it gives",
                 expected="Content-Range: bytes FIRST-LAST/SIZE",
-                found=str(headers.get("Content-Range")),
+                found=str(headers.get("Content-Range"))[:80],
             )
-        return int(match[1]), int(match[3])
+        return int(match[1]), int(match[2]), int(match[3])
+
+    def _malformed(self, error: Exception) -> HubError:
+        return self._error("the server's answer is malformed", found=f"{type(error).__name__}: {error}")
 
     def _refused(self, error: urllib.error.HTTPError) -> HubError:
         fix = {
@@ -288,27 +349,3 @@ def _pieces(response: http.client.HTTPResponse, count: int) -> Iterator[bytes]:
         while count > 0 and (piece := response.read1(min(count, PIECE_BYTES))):
             count -= len(piece)
             yield piece
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a few redirects, never from https to http, and takes the login only where it belongs.
-
-    Why: urllib would send it to every host; and knows 308 only since Python 3.11.
-    """
-
-    max_redirections = MAX_REDIRECTS
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request:
-        target = urljoin(req.full_url, newurl)
-        old, new = urlsplit(req.full_url), urlsplit(target)
-        if new.scheme not in ("https", "http") or (old.scheme == "https" and new.scheme != "https"):
-            raise urllib.error.HTTPError(req.full_url, code, f"redirects to {new.scheme}", headers, fp)
-        request = urllib.request.Request(target, headers=dict(req.headers))
-        if old.netloc != new.netloc:
-            request.remove_header("Authorization")
-        return request
-
-    def http_error_308(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any) -> Any:
-        return self.http_error_302(req, fp, code, msg, headers)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from dataclasses import dataclass
 
+from gguf3n.outside import masked, one_line
 from gguf3n.validation.result import Problem, Verdict
 
 N_PROBLEMS = 50
@@ -85,8 +85,8 @@ class Document:
 
 
 def _clean(text: str) -> str:
-    """One line, without characters that change what stands around them."""
-    return "".join("�" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in " ".join(text.splitlines()))
+    """One line, without secrets and without characters that change what stands around them."""
+    return one_line(masked(text))
 
 
 STYLE = """

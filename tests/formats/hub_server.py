@@ -72,11 +72,22 @@ class HubServer:
     Args:
         cuts: file name -> after how many bytes each next request for it is cut off, -1 for no cut.
         stalls: file names that never arrive.
+        sent: file name -> what is sent instead of the file.
+        lost: file names that the API lists and that are not there.
+        etags: file name -> what is said to be its hash.
+        api_commit, file_commit: what the API, and the answers for files, say that the commit is.
+        warning: what the Hub wants its users to read.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     cuts: dict[str, list[int]] = field(default_factory=dict)
     stalls: set[str] = field(default_factory=set)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    etags: dict[str, str] = field(default_factory=dict)
+    api_commit: str | None = None
+    file_commit: str | None = None
+    warning: str | None = None
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -159,11 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
         files = repo.commits[commit]
         if what == "revision":
             siblings = [{"rfilename": name} for name in files]
-            return self.send_json({"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []})
+            sha = self.hub.api_commit or commit
+            return self.send_json({"id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, "tags": []})
         self.send_json([self.tree_entry(name, data) for name, data in files.items()])
 
     def tree_entry(self, name: str, data: bytes) -> dict[str, Any]:
-        entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        entry = {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
         if is_large(name):
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return entry
@@ -177,20 +189,26 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in repo.revisions:
             return self.refuse(NO_REVISION)
         commit = repo.revisions[revision]
-        if name not in repo.commits[commit]:
-            return self.refuse(NO_FILE)
+        if name not in repo.commits[commit] or name in self.hub.lost:
+            return self.refuse(NO_FILE, {"X-Repo-Commit": self.hub.file_commit or commit})
         data = repo.commits[commit][name]
         if not is_large(name):
-            return self.send_file(name, data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+            said = {"X-Repo-Commit": self.hub.file_commit or commit, "ETag": self.etag(name, data)}
+            return self.send_file(name, data, said)
         self.send_response(302)
         self.send_header("Location", f"{self.hub.url('cdn')}/cdn/{repo_id}/{commit}/{name}")
-        self.send_header("X-Repo-Commit", commit)
+        self.send_header("X-Repo-Commit", self.hub.file_commit or commit)
         self.send_header("X-Linked-Size", str(len(data)))
-        self.send_header("X-Linked-ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Linked-ETag", self.etag(name, data))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def etag(self, name: str, data: bytes) -> str:
+        found = hashlib.sha256(data).hexdigest() if is_large(name) else git_hash(data)
+        return f'"{self.hub.etags.get(name, found)}"'
+
     def send_file(self, name: str, data: bytes, headers: dict[str, str] | None = None) -> None:
+        data = self.hub.sent.get(name, data)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         begin = int(asked[1]) if asked else 0
         end = min(int(asked[2]) + 1, len(data)) if asked and asked[2] else len(data)
@@ -220,14 +238,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if self.hub.warning is not None:
+            self.send_header("X-HF-Warning", self.hub.warning)
         self.end_headers()
         self.wfile.write(body)
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: Refusal, headers: dict[str, str] | None = None) -> None:
         body = b"" if self.command == "HEAD" else json.dumps({"error": refusal.message}).encode()
         self.send_response(refusal.status)
         if refusal.code is not None:
             self.send_header("X-Error-Code", refusal.code)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
         self.send_header("X-Error-Message", refusal.message)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -236,6 +258,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def git_hash(data: bytes) -> str:
+    """How git, and so the Hub, names a file that is not large."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def is_large(name: str) -> bool:
