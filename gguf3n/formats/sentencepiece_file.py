@@ -1,6 +1,6 @@
 """The outer structure of sentencepiece's tokenizer.model, looked at before the library reads it.
 
-    file     fields of ModelProto: pieces (1), trainer_spec (2), normalizer_spec (3), self_test_data (4), …
+    file     fields of ModelProto: pieces (1), trainer_spec (2), normalizer_spec (3), …
     field    key varint (number << 3 | wire type), then a varint, 8 bytes, a length and bytes, or 4 bytes
     piece    text (1), score float32 (2), type varint (3)
 
@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from gguf3n.errors import TokenizerError
 
-PIECES, NORMALIZER, SELF_TEST = 1, 3, 4
+PIECES, NORMALIZER = 1, 3
 TEXT, CHARSMAP = 1, 2
 """Fields: of a piece, of the normalizer."""
 
@@ -30,21 +32,17 @@ MAX_PIECE_BYTES = 1 << 12
 
 def check_sentencepiece(data: bytes, path: Path) -> None:
     """Make sure that it is a model with pieces, each a text. Raises: TokenizerError."""
-    texts: list[bytes] = []
     try:
-        at = 0
-        while (at := _skip_usual(data, at, texts)) < len(data):
-            number, kind, start, at = next(_fields(data, at, len(data)))
-            if number in (PIECES, NORMALIZER, SELF_TEST) and kind != LENGTH:
-                raise ValueError(f"field {number} of a wrong type, before byte {at:,}")
+        texts, at = _usual_pieces(data)
+        for number, kind, start, end in _fields(data, at, len(data)):
+            if number in (PIECES, NORMALIZER) and kind != LENGTH:
+                raise ValueError(f"field {number} of a wrong type, before byte {end:,}")
             if number == PIECES:
-                texts.append(_text(data, start, at))
+                texts.append(_text(data, start, end))
             elif number == NORMALIZER and any(
-                field == CHARSMAP and last > first for field, _, first, last in _fields(data, start, at)
+                field == CHARSMAP and last > first for field, _, first, last in _fields(data, start, end)
             ):
                 raise ValueError("a normalizer with rules of its own")
-            elif number == SELF_TEST:
-                raise ValueError("samples to test itself with")
         if not 0 < len(texts) <= MAX_PIECES:
             raise ValueError(f"{len(texts):,} pieces")
         if not all(texts) or max(map(len, texts)) > MAX_PIECE_BYTES:
@@ -60,23 +58,27 @@ def check_sentencepiece(data: bytes, path: Path) -> None:
         ) from error
 
 
-def _skip_usual(data: bytes, at: int, texts: list[bytes]) -> int:
-    """Step over pieces of fewer than 128 bytes that are a text, a score and perhaps a type; returns where they end.
+def _usual_pieces(data: bytes) -> tuple[list[bytes], int]:
+    """The texts of the first pieces, as far as each has less than 128 bytes: a text, a score, perhaps a type.
 
+    Returns: the texts, and where the last of these pieces ends.
     Why: a vocabulary has 262,144 of them, and only of others every field need be looked at.
     """
-    end = len(data) - 2
-    while at < end and data[at] == data[at + 2] == 0x0A and data[at + 1] < 128:
-        next_at = at + 2 + data[at + 1]
-        text_end = at + 4 + data[at + 3] if at + 3 < end else end
-        left = next_at - text_end
-        if next_at > len(data) or left not in (5, 7) or data[text_end] != 0x15:
-            break
-        if left == 7 and (data[next_at - 2] != 0x18 or data[next_at - 1] > 127):
-            break
-        texts.append(data[at + 4 : text_end])
-        at = next_at
-    return at
+    starts, at = [0], 0
+    while at + 1 < len(data) and data[at] == 0x0A and data[at + 1] < 128:
+        at += 2 + data[at + 1]
+        starts.append(at)
+    raw = np.frombuffer(data + bytes(4), np.uint8)  # the last may claim more than there is
+    ends = np.array(starts[1:], np.int64)
+    first = np.array(starts[:-1], np.int64)
+    first, ends = first[ends <= len(data)], ends[ends <= len(data)]
+    text_ends = np.minimum(first + 4 + raw[first + 3], ends)
+    left = ends - text_ends
+    typed = (left == 7) & (raw[ends - 2] == 0x18) & (raw[ends - 1] < 128)
+    usual = (raw[first + 2] == 0x0A) & (raw[text_ends] == 0x15) & (typed | (left == 5))
+    n_usual = len(usual) if usual.all() else int(usual.argmin())
+    bounds = zip((first[:n_usual] + 4).tolist(), text_ends[:n_usual].tolist(), strict=True)
+    return [data[start:end] for start, end in bounds], starts[n_usual]
 
 
 def _text(data: bytes, start: int, end: int) -> bytes:

@@ -183,7 +183,6 @@ MODELS = {
     "a piece that is not UTF-8": field(1, field(1, b"\xff")),
     "a piece that is a number": b"\x08\x01",
     "rules of normalization": PIECE + field(3, field(2, b"abcd")),
-    "samples": PIECE + field(4, field(1, field(1, b"a"))),
     "a group": PIECE + b"\x0b",
 }
 
