@@ -177,6 +177,10 @@ def test_what_huggingface_hub_logs_does_not_act() -> None:
     assert harmless(record.getMessage()) and "abcd" not in record.getMessage()
 
 
+LAST_RESORTS = {CLI / "__init__.py": 1, CLI.parent / "__main__.py": 2}
+"""Where nothing that prints can be loaded; an error's own text is harmless on a terminal."""
+
+
 def printers(tree: ast.AST) -> list[int]:
     """Lines that print, or that write to a stream of the process."""
     found = []
@@ -191,5 +195,5 @@ def printers(tree: ast.AST) -> list[int]:
 @pytest.mark.parametrize("path", sorted(Path(gguf3n.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
 def test_only_one_place_prints(path: Path) -> None:
     """Why: what is printed elsewhere is not made harmless. JSON, in console, is ASCII."""
-    allowed: dict[Any, int] = {CLI / "paint.py": 4, CLI / "console.py": 1}
+    allowed: dict[Any, int] = {CLI / "paint.py": 4, CLI / "console.py": 1} | LAST_RESORTS
     assert len(printers(ast.parse(path.read_text("utf-8")))) == allowed.get(path, 0)

@@ -2,7 +2,7 @@
 
     file     fields of ModelProto: pieces (1), trainer_spec (2), normalizer_spec (3), …
     field    key varint (number << 3 | wire type), then a varint, 8 bytes, a length and bytes, or 4 bytes
-    piece    text (1), score float32 (2), type varint (3)
+    piece    text (1), score float32 (2), type varint (3): the numbers of TokenType
 
 Why: the library is C++ and takes much on trust; a file that is none can end the process.
 
@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import TokenType
 
 from gguf3n.errors import TokenizerError
 
 PIECES, NORMALIZER = 1, 3
-TEXT, CHARSMAP = 1, 2
-"""Fields: of a piece, of the normalizer."""
+TEXT, TYPE, CHARSMAP = 1, 3, 2
+"""Fields: of a piece, of a piece, of the normalizer."""
 
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
 MAX_VARINT_BYTES = 10
@@ -30,15 +31,22 @@ MAX_PIECE_BYTES = 1 << 12
 """Gemma's longest piece has 93."""
 
 
-def check_sentencepiece(data: bytes, path: Path) -> None:
-    """Make sure that it is a model with pieces, each a text. Raises: TokenizerError."""
+def read_piece_types(data: bytes, path: Path) -> list[TokenType]:
+    """Each piece's type, by id, once it is sure that the file is a model with pieces, each a text.
+
+    Why: the library does not say which pieces are user-defined.
+
+    Raises: TokenizerError.
+    """
     try:
-        texts, at = _usual_pieces(data)
+        texts, numbers, at = _usual_pieces(data)
         for number, kind, start, end in _fields(data, at, len(data)):
             if number in (PIECES, NORMALIZER) and kind != LENGTH:
                 raise ValueError(f"field {number} of a wrong type, before byte {end:,}")
             if number == PIECES:
-                texts.append(_text(data, start, end))
+                text, kind = _piece(data, start, end)
+                texts.append(text)
+                numbers.append(kind)
             elif number == NORMALIZER and any(
                 field == CHARSMAP and last > first for field, _, first, last in _fields(data, start, end)
             ):
@@ -49,6 +57,8 @@ def check_sentencepiece(data: bytes, path: Path) -> None:
             raise ValueError("a piece without a text, or with a very long one")
         if "\0" in b"\n".join(texts).decode("utf-8"):
             raise ValueError("a piece with a zero byte")
+        types = {number: TokenType(number) for number in set(numbers)}
+        return [types[number] for number in numbers]
     except ValueError as error:
         raise TokenizerError(
             f"{path}: not a sentencepiece model of a Gemma",
@@ -58,10 +68,10 @@ def check_sentencepiece(data: bytes, path: Path) -> None:
         ) from error
 
 
-def _usual_pieces(data: bytes) -> tuple[list[bytes], int]:
-    """The texts of the first pieces, as far as each has less than 128 bytes: a text, a score, perhaps a type.
+def _usual_pieces(data: bytes) -> tuple[list[bytes], list[int], int]:
+    """Texts and types of the first pieces, as far as each has less than 128 bytes: a text, a score, perhaps a type.
 
-    Returns: the texts, and where the last of these pieces ends.
+    Returns: these, and where the last of these pieces ends.
     Why: a vocabulary has 262,144 of them, and only of others every field need be looked at.
     """
     starts, at = [0], 0
@@ -78,18 +88,21 @@ def _usual_pieces(data: bytes) -> tuple[list[bytes], int]:
     usual = (raw[first + 2] == 0x0A) & (raw[text_ends] == 0x15) & (typed | (left == 5))
     n_usual = len(usual) if usual.all() else int(usual.argmin())
     bounds = zip((first[:n_usual] + 4).tolist(), text_ends[:n_usual].tolist(), strict=True)
-    return [data[start:end] for start, end in bounds], starts[n_usual]
+    types = np.where(typed, raw[ends - 1], TokenType.NORMAL)[:n_usual]
+    return [data[start:end] for start, end in bounds], types.tolist(), starts[n_usual]
 
 
-def _text(data: bytes, start: int, end: int) -> bytes:
-    """A piece's text; empty where it has none. Raises: ValueError."""
-    text = b""
-    for number, kind, first, last in _fields(data, start, end):
-        if number == TEXT:
+def _piece(data: bytes, start: int, end: int) -> tuple[bytes, int]:
+    """A piece's text, empty where it has none, and its type. Raises: ValueError."""
+    text, number = b"", int(TokenType.NORMAL)
+    for field, kind, first, last in _fields(data, start, end):
+        if field == TEXT:
             if kind != LENGTH:
                 raise ValueError(f"a piece whose text is a number, before byte {last:,}")
             text = data[first:last]
-    return text
+        elif field == TYPE and kind == VARINT:
+            number, _ = _varint(data, first, last)
+    return text, number
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -72,7 +72,12 @@ def check_small(path: Path, max_bytes: int, error: type[Gguf3nError]) -> int:
         raise _unreadable(path, cause, error) from cause
     if not stat.S_ISREG(status.st_mode):
         found = next((what for is_kind, what in KINDS if is_kind(status.st_mode)), "a device")
-        raise error(f"{path}: not a regular file", expected="a file", found=found, fix="copy it to a file of its own")
+        raise error(
+            f"{path}: not a regular file",
+            expected="a file",
+            found=found,
+            fix="name a file, or copy the contents to one",
+        )
     if status.st_size > max_bytes:
         raise error(
             f"{path}: too large for what it is",
@@ -174,7 +179,7 @@ def parse_json(data: bytes, name: str, error: type[Gguf3nError]) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as cause:
-        raise error(f"{name}: not JSON that can be read", found=str(cause)) from cause
+        raise error(f"{name}: not JSON", found=str(cause)) from cause
 
 
 def _unreadable(path: Path, cause: OSError | ValueError, error: type[Gguf3nError]) -> Gguf3nError:

@@ -25,7 +25,7 @@ class SentencePieces:
 
     def __init__(self, source: Checkpoint) -> None:
         self.vocabulary = source.vocabulary
-        self._processor = load_sentencepiece(source.path / "tokenizer.model")
+        self._processor, _ = load_sentencepiece(source.path / "tokenizer.model")
         n_pieces = self._processor.vocab_size()
         self._whole = {
             text: i

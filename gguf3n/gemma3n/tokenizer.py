@@ -19,7 +19,7 @@ from typing import Any
 from gguf.constants import TokenType
 
 from gguf3n.errors import TokenizerError
-from gguf3n.formats.sentencepiece_file import check_sentencepiece
+from gguf3n.formats.sentencepiece_file import read_piece_types
 from gguf3n.formats.small_file import (
     CHECKPOINT_FILES,
     check_checkpoint_files,
@@ -39,6 +39,9 @@ MAX_TOKENS_PER_PIECE = 4
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 CONTROL_LOOKING = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>", re.DOTALL)
 """Added tokens that are control tokens although Gemma's files do not mark them as special."""
+
+GEMMA_SPECIAL = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
+"""Where no file gives an id. Why: a tokenizer.model may name begin and end as sentencepiece does (<s>, </s>)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     types = [TokenType.UNUSED] * config.vocab_size
     for i, (token, score, kind) in pieces.by_id.items():
         tokens[i], scores[i], types[i] = token, score, kind
-    for token_id, text, special in _added_tokens(directory):
+    user_defined = [(i, text, False) for i, (text, _, kind) in pieces.by_id.items() if kind is TokenType.USER_DEFINED]
+    for token_id, text, special in user_defined + _added_tokens(directory):
         if not 0 <= token_id < config.vocab_size:
             raise _misfit(directory, config, f"added token {text!r} with id {token_id}")
         control = special or CONTROL_LOOKING.fullmatch(text) is not None
@@ -101,7 +105,14 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     text_ids = range(config.vocab_size_per_layer_input)
     if unnamed := [i for i in text_ids if i not in pieces.by_id and types[i] is TokenType.UNUSED]:
         raise _misfit(origin, config, f"no piece for {len(unnamed):,} ids, the first {unnamed[0]}")
-    return Vocabulary(tokens, scores, types, *_special(directory, config, pieces), str(origin))
+    special_ids, add_tokens, templates = _special(directory, config)
+    by_text = {
+        role: tokens.index(text)
+        for role, text in GEMMA_SPECIAL.items()
+        if text in tokens and types[tokens.index(text)] is TokenType.CONTROL
+    }
+    special_ids = {**by_text, **pieces.special_ids, **special_ids}
+    return Vocabulary(tokens, scores, types, special_ids, add_tokens, templates, str(origin))
 
 
 def _misfit(path: Path, config: Config, found: str) -> TokenizerError:
@@ -114,12 +125,12 @@ def _misfit(path: Path, config: Config, found: str) -> TokenizerError:
     )
 
 
-def load_sentencepiece(path: Path) -> Any:
-    """sentencepiece's own reading of a tokenizer.model, once it is known to be one. Raises: TokenizerError."""
+def load_sentencepiece(path: Path) -> tuple[Any, list[TokenType]]:
+    """sentencepiece's processor for a tokenizer.model, and the types of its pieces. Raises: TokenizerError."""
     from sentencepiece import SentencePieceProcessor
 
     data = read_checkpoint_file(path)
-    check_sentencepiece(data, path)
+    types = read_piece_types(data, path)
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
@@ -127,22 +138,12 @@ def load_sentencepiece(path: Path) -> Any:
         raise TokenizerError(
             f"{path}: not a sentencepiece model", found=str(error).partition("\n")[0], fix="download the file again"
         ) from error
-    return processor
+    return processor, types
 
 
 def _from_sentencepiece(path: Path) -> _Pieces:
-    processor = load_sentencepiece(path)
+    processor, types = load_sentencepiece(path)
     ids = list(range(processor.vocab_size()))
-    types = [TokenType.NORMAL] * len(ids)
-    for kind, is_kind in (
-        (TokenType.BYTE, processor.IsByte),
-        (TokenType.UNUSED, processor.IsUnused),
-        (TokenType.CONTROL, processor.IsControl),
-        (TokenType.UNKNOWN, processor.IsUnknown),
-    ):
-        for i, yes in enumerate(is_kind(ids)):
-            if yes:
-                types[i] = kind
     special = {
         "bos": processor.bos_id(),
         "eos": processor.eos_id(),
@@ -213,9 +214,7 @@ def _added_tokens(directory: Path) -> list[tuple[int, str, bool]]:
     return added
 
 
-def _special(
-    directory: Path, config: Config, pieces: _Pieces
-) -> tuple[dict[str, int], dict[str, bool], dict[str, str]]:
+def _special(directory: Path, config: Config) -> tuple[dict[str, int], dict[str, bool], dict[str, str]]:
     """Special ids, what the tokenizer adds, chat templates."""
     import gguf
 
@@ -237,7 +236,7 @@ def _special(
             f"{directory}: tokenizer_config.json or tokenizer.json is malformed",
             found=f"{type(error).__name__}: {error}",
         ) from error
-    return {**pieces.special_ids, **special.special_token_ids}, dict(special.add_special_token), templates
+    return dict(special.special_token_ids), dict(special.add_special_token), templates
 
 
 def _template_file(directory: Path) -> str | None:

@@ -222,16 +222,16 @@ BROKEN_CHECKPOINTS: dict[str, tuple[dict[str, bytes], str, tuple[str, ...]]] = {
     "broken shard": ({**SHARDS, TWO: b"", INDEX: index(WEIGHT_MAP)}, TWO, ("truncated",)),
     "index outside the directory": ({**SHARDS, INDEX: index({"a": "../elsewhere.safetensors"})}, INDEX, ("unusable",)),
     "index with an absolute path": ({**SHARDS, INDEX: index({"a": "/etc/passwd"})}, INDEX, ("unusable",)),
-    "index with a directory": ({**SHARDS, INDEX: index({"a": ".."})}, "..", ("missing",)),
+    "index with a directory": ({**SHARDS, INDEX: index({"a": ".."})}, "..", ("a directory",)),
     "index with numbers": ({**SHARDS, INDEX: index({"a": 1})}, INDEX, ("unusable",)),
     "index with lists": ({**SHARDS, INDEX: index({"a": [ONE]})}, INDEX, ("unusable",)),
     "index empty": ({**SHARDS, INDEX: index({})}, INDEX, ("unusable",)),
-    "index without a weight map": ({**SHARDS, INDEX: b"{}"}, INDEX, ("weight_map",)),
-    "index with a list for a weight map": ({**SHARDS, INDEX: index([])}, INDEX, ("weight_map",)),
-    "index a list": ({**SHARDS, INDEX: b"[]"}, INDEX, ("weight_map",)),
-    "index not JSON": ({**SHARDS, INDEX: b"<html>"}, INDEX, ("weight_map",)),
-    "index not UTF-8": ({**SHARDS, INDEX: b'{"weight_map": "\xff"}'}, INDEX, ("weight_map",)),
-    "index of nested lists": ({**SHARDS, INDEX: b"[" * 100_000}, INDEX, ("weight_map",)),
+    "index without a weight map": ({**SHARDS, INDEX: b"{}"}, INDEX, ("weight map",)),
+    "index with a list for a weight map": ({**SHARDS, INDEX: index([])}, INDEX, ("weight map",)),
+    "index a list": ({**SHARDS, INDEX: b"[]"}, INDEX, ("not a JSON object",)),
+    "index not JSON": ({**SHARDS, INDEX: b"<html>"}, INDEX, ("not JSON",)),
+    "index not UTF-8": ({**SHARDS, INDEX: b'{"weight_map": "\xff"}'}, INDEX, ("not JSON",)),
+    "index of nested lists": ({**SHARDS, INDEX: b"[" * 100_000}, INDEX, ("not JSON",)),
 }
 
 

@@ -38,7 +38,10 @@ for options in json.loads(sys.argv[1]):
         fetched = hub.fetch_checkpoint(**options)
         result = dataclasses.asdict(fetched)
         if table:
-            result["table"] = [dataclasses.astuple(tensor) for tensor in hub.fetch_tensor_table(fetched).values()]
+            result["table"] = [
+                (t.name, t.dtype, t.shape, t.file, t.offset, t.error)
+                for t in hub.fetch_tensor_table(fetched).values()
+            ]
     except Gguf3nError as error:
         result = error.as_dict() | {"text": str(error)}
     except KeyboardInterrupt:

@@ -186,7 +186,7 @@ UNUSABLE: dict[str, tuple[Callable[[Raw], Raw], tuple[str, ...]]] = {
     "Gemma 3 text": (lambda raw: raw | {"model_type": "gemma3_text"}, ("not a Gemma 3n", "gemma3_text")),
     "Llama": (lambda _: {"model_type": "llama", "hidden_size": 4096}, ("not a Gemma 3n", "llama")),
     "vision tower alone": (lambda raw: raw["vision_config"], ("not a Gemma 3n", "gemma3n_vision")),
-    "no model type": (lambda _: {}, ("not a Gemma 3n", "None")),
+    "no model type": (lambda _: {}, ("not a Gemma 3n", "null")),
     "a model type of another type": (lambda raw: raw | {"model_type": ["gemma3n"]}, ("not a Gemma 3n",)),
     "GPTQ": (
         lambda raw: raw | {"quantization_config": {"quant_method": "gptq", "bits": 4}},

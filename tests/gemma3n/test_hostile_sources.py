@@ -15,7 +15,7 @@ import pytest
 import gguf3n
 from gguf3n.errors import CheckpointError, Gguf3nError, MappingError, TokenizerError
 from gguf3n.formats.checkpoint import MAX_HEADER_BYTES, MAX_TENSORS
-from gguf3n.formats.sentencepiece_file import check_sentencepiece
+from gguf3n.formats.sentencepiece_file import read_piece_types
 from gguf3n.formats.small_file import CHECKPOINT_FILES, MAX_JSON_CONTAINERS, parse_json, read_small
 from gguf3n.gemma3n.config import MAX_ALTUP_INPUTS
 from gguf3n.gemma3n.metadata import MAX_FRONT_MATTER
@@ -183,6 +183,7 @@ MODELS = {
     "a piece that is not UTF-8": field(1, field(1, b"\xff")),
     "a piece that is a number": b"\x08\x01",
     "rules of normalization": PIECE + field(3, field(2, b"abcd")),
+    "a type that is none": PIECE + field(1, field(1, b"b") + SCORE + b"\x18\x09"),
     "a group": PIECE + b"\x0b",
 }
 
@@ -190,13 +191,18 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_no_sentencepiece_model(name: str) -> None:
     with pytest.raises(TokenizerError, match="not a sentencepiece model"):
-        check_sentencepiece(MODELS[name], Path("tokenizer.model"))
+        read_piece_types(MODELS[name], Path("tokenizer.model"))
 
 
 def test_a_sound_sentencepiece_model() -> None:
-    check_sentencepiece(SPM, Path("tokenizer.model"))
-    check_sentencepiece(PIECE + field(1, field(1, b"b") + SCORE + b"\x18\x03") + field(2, b"") + PIECE, Path("x"))
-    check_sentencepiece(PIECE + b"\x30\x01" + b"\x39" + bytes(8) + b"\x3d" + bytes(4), Path("x"))
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    model.ParseFromString(SPM)
+    assert read_piece_types(SPM, Path("x")) == [piece.type for piece in model.pieces]
+    control = field(1, field(1, b"b") + SCORE + b"\x18\x03")
+    assert read_piece_types(PIECE + control + field(2, b"") + control + PIECE, Path("x")) == [1, 3, 3, 1]
+    assert read_piece_types(PIECE + b"\x30\x01" + b"\x39" + bytes(8) + b"\x3d" + bytes(4), Path("x")) == [1]
 
 
 @pytest.mark.parametrize("dtype, shape", [("I8", (64,)), ("F64", (64,)), ("F32", (0,)), ("F32", (2**62, 0))])

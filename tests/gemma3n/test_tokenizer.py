@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from gguf.constants import TokenType
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gguf3n.errors import TokenizerError
 from gguf3n.gemma3n.config import Config, parse_config
@@ -392,3 +393,28 @@ def test_where_the_chat_template_is(files: Path, change: Callable[[Path], None],
 def test_special_ids(files: Path, config_json: dict[str, Any], ids: dict[str, int]) -> None:
     (files / "config.json").write_text(json.dumps(config_json))
     assert read(files).special_ids == ids
+
+
+def test_tokenizer_model_alone(files: Path) -> None:
+    """It names its begin and end tokens, and its user-defined pieces are known without added_tokens_decoder."""
+    for path in files.iterdir():
+        if path.name != "tokenizer.model":
+            path.unlink()
+    vocabulary = read(files)
+    assert vocabulary.special_ids == {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
+    model = ModelProto()
+    model.ParseFromString((files / "tokenizer.model").read_bytes())
+    defined = [i for i, piece in enumerate(model.pieces) if piece.type == TokenType.USER_DEFINED]
+    assert {vocabulary.types[i] for i in defined} == {TokenType.USER_DEFINED, TokenType.CONTROL}
+    assert vocabulary.types[vocabulary.tokens.index("<start_of_turn>")] == TokenType.USER_DEFINED
+
+
+def test_a_user_defined_piece_that_no_file_lists(files: Path) -> None:
+    def forget(raw: dict[str, Any]) -> None:
+        raw["added_tokens_decoder"] = {
+            i: entry for i, entry in raw["added_tokens_decoder"].items() if entry["content"] != "\n\n"
+        }
+
+    before = read(files)
+    change_json(files / "tokenizer_config.json", forget)
+    assert facts(read(files)) == facts(before)

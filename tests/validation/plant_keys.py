@@ -117,7 +117,7 @@ FAULTS: dict[str, Fault] = {
         setting("gemma3n.attention.shared_kv_layers", "uint32", 3), "gemma3n.attention.shared_kv_layers"
     ),
     "shared_kv_layers as a float": Fault(
-        setting("gemma3n.attention.shared_kv_layers", "float32", 2.0), "shared-kv-type"
+        setting("gemma3n.attention.shared_kv_layers", "float32", 2.0), "shared-kv-type", warns=("structure",)
     ),
     "wrong sparsity": Fault(
         change("gemma3n.activation_sparsity_scale", "float32[]", lambda old: [*old[:9], 1.2815516, *old[10:]]),
