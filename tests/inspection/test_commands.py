@@ -144,7 +144,7 @@ def test_inspect_starts_at_once(tmp_path: Path, arguments: tuple[str, ...]) -> N
     )
     loaded = set(done.stderr.split())
     assert "gguf3n.inspection.summary" in loaded
-    assert not loaded & {"numba", "torch", "transformers", "huggingface_hub", "sentencepiece", "matplotlib", "jinja2"}
+    assert not loaded & {"numba", "torch", "transformers", "huggingface_hub", "matplotlib", "jinja2"}
 
 
 def test_lint(run: Run, copy: Path) -> None:
