@@ -11,6 +11,7 @@ Source: sentencepiece_model.proto of sentencepiece; the encoding section of prot
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ MAX_PIECES = 1 << 22
 """As MAX_STRINGS of gguf_reader: a vocabulary has to fit a GGUF array."""
 MAX_PIECE_BYTES = 1 << 12
 """Gemma's longest piece has 93."""
+PIECES_AT_ONCE = 1 << 13
+"""Why: the texts of a whole vocabulary take thirty megabytes as objects."""
 
 
 def read_piece_types(data: bytes, path: Path) -> list[TokenType]:
@@ -39,7 +42,8 @@ def read_piece_types(data: bytes, path: Path) -> list[TokenType]:
     Raises: TokenizerError.
     """
     try:
-        texts, numbers, at = _usual_pieces(data)
+        numbers, at = _usual_pieces(data)
+        texts = []
         for number, kind, start, end in _fields(data, at, len(data)):
             if number in (PIECES, NORMALIZER) and kind != LENGTH:
                 raise ValueError(f"field {number} of a wrong type, before byte {end:,}")
@@ -51,12 +55,9 @@ def read_piece_types(data: bytes, path: Path) -> list[TokenType]:
                 field == CHARSMAP and last > first for field, _, first, last in _fields(data, start, end)
             ):
                 raise ValueError("a normalizer with rules of its own")
-        if not 0 < len(texts) <= MAX_PIECES:
-            raise ValueError(f"{len(texts):,} pieces")
-        if not all(texts) or max(map(len, texts)) > MAX_PIECE_BYTES:
-            raise ValueError("a piece without a text, or with a very long one")
-        if "\0" in b"\n".join(texts).decode("utf-8"):
-            raise ValueError("a piece with a zero byte")
+        if not 0 < len(numbers) <= MAX_PIECES:
+            raise ValueError(f"{len(numbers):,} pieces")
+        _check_texts(texts)
         types = {number: TokenType(number) for number in set(numbers)}
         return [types[number] for number in numbers]
     except ValueError as error:
@@ -68,28 +69,41 @@ def read_piece_types(data: bytes, path: Path) -> list[TokenType]:
         ) from error
 
 
-def _usual_pieces(data: bytes) -> tuple[list[bytes], list[int], int]:
-    """Texts and types of the first pieces, as far as each has less than 128 bytes: a text, a score, perhaps a type.
+def _usual_pieces(data: bytes) -> tuple[list[int], int]:
+    """Types of the first pieces, as far as each has less than 128 bytes: a text, a score, perhaps a type.
 
-    Returns: these, and where the last of these pieces ends.
+    Returns: these, and where the last of these pieces ends. Raises: ValueError for texts that are none.
     Why: a vocabulary has 262,144 of them, and only of others every field need be looked at.
     """
-    starts, at = [0], 0
+    starts, at = array("q", [0]), 0
     while at + 1 < len(data) and data[at] == 0x0A and data[at + 1] < 128:
         at += 2 + data[at + 1]
         starts.append(at)
     raw = np.frombuffer(data + bytes(4), np.uint8)  # the last may claim more than there is
-    ends = np.array(starts[1:], np.int64)
-    first = np.array(starts[:-1], np.int64)
+    first, ends = np.array(starts[:-1], np.int64), np.array(starts[1:], np.int64)
     first, ends = first[ends <= len(data)], ends[ends <= len(data)]
     text_ends = np.minimum(first + 4 + raw[first + 3], ends)
     left = ends - text_ends
     typed = (left == 7) & (raw[ends - 2] == 0x18) & (raw[ends - 1] < 128)
-    usual = (raw[first + 2] == 0x0A) & (raw[text_ends] == 0x15) & (typed | (left == 5))
+    usual = (raw[first + 2] == 0x0A) & (raw[first + 3] > 0) & (raw[text_ends] == 0x15) & (typed | (left == 5))
     n_usual = len(usual) if usual.all() else int(usual.argmin())
-    bounds = zip((first[:n_usual] + 4).tolist(), text_ends[:n_usual].tolist(), strict=True)
+    for some in range(0, n_usual, PIECES_AT_ONCE):
+        bounds = zip(
+            (first[some : min(some + PIECES_AT_ONCE, n_usual)] + 4).tolist(),
+            text_ends[some : min(some + PIECES_AT_ONCE, n_usual)].tolist(),
+            strict=True,
+        )
+        _check_texts([data[start:end] for start, end in bounds])
     types = np.where(typed, raw[ends - 1], TokenType.NORMAL)[:n_usual]
-    return [data[start:end] for start, end in bounds], types.tolist(), starts[n_usual]
+    return types.tolist(), starts[n_usual]
+
+
+def _check_texts(texts: list[bytes]) -> None:
+    """Raises: ValueError."""
+    if not all(texts) or max(map(len, texts), default=0) > MAX_PIECE_BYTES:
+        raise ValueError("a piece without a text, or with a very long one")
+    if "\0" in b"\n".join(texts).decode("utf-8"):
+        raise ValueError("a piece with a zero byte")
 
 
 def _piece(data: bytes, start: int, end: int) -> tuple[bytes, int]:
