@@ -218,7 +218,7 @@ class Subject:
 
     def _numbers(self, name: str) -> NDArray[Any] | None:
         array = self.array(name)
-        if array is None or array.element_type is GGUFValueType.STRING:
+        if array is None or array.element_type in (GGUFValueType.STRING, GGUFValueType.BOOL):
             return None
         return array.numpy()
 
