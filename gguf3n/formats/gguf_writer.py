@@ -29,6 +29,9 @@ from gguf3n.formats.gguf_reader import open_part
 from gguf3n.formats.offset_files import OffsetFiles
 from gguf3n.formats.whole_file import WholeFile, output_error
 
+SYNC_BYTES = 256 << 20
+"""Written between two requests to the disk."""
+
 
 @dataclass(frozen=True)
 class TensorSlot:
@@ -117,6 +120,7 @@ class GGUFWriter:
         self.layout = layout
         self.force = force
         self._files = OffsetFiles("r+")
+        self._n_unsynced = 0  # about: threads may lose each other's count
 
     def __enter__(self) -> GGUFWriter:
         self._file = WholeFile(self.path, force=self.force, n_bytes=self.layout.total_bytes)
@@ -138,6 +142,10 @@ class GGUFWriter:
             self._files.write_at(self._file.temporary, offset, data)
         except OSError as error:
             raise output_error(self.path, error) from error
+        self._n_unsynced += data.nbytes
+        if self._n_unsynced >= SYNC_BYTES:
+            self._n_unsynced = 0
+            self._file.begin_sync()
 
     def commit(self) -> None:
         """Give the complete file its final name. Raises: OutputError; GGUFError for a file that is not as laid out."""

@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,7 @@ class WholeFile:
         self.force = force
         self.n_written = 0
         self._has_name = False
+        self._syncing = threading.Lock()
         try:
             self._replaced = _rights(path)
             self.temporary = path.with_name(_temporary_name(path.name))
@@ -89,6 +91,20 @@ class WholeFile:
             self.n_written += self._file.write(data)
         except OSError as error:
             raise output_error(self.path, error) from error
+
+    def begin_sync(self) -> None:
+        """Have the disk take what was written so far, so that `commit` has little left to wait for.
+
+        One thread at a time does so and waits; for others that call meanwhile it returns at once.
+        """
+        if not self._syncing.acquire(blocking=False):
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        finally:
+            self._syncing.release()
 
     def extend(self, n_bytes: int) -> None:
         """Give the file its length, with zeros after what was written, so that others can write at offsets."""

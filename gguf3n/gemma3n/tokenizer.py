@@ -106,11 +106,8 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     if unnamed := [i for i in text_ids if i not in pieces.by_id and types[i] is TokenType.UNUSED]:
         raise _misfit(origin, config, f"no piece for {len(unnamed):,} ids, the first {unnamed[0]}")
     special_ids, add_tokens, templates = _special(directory, config)
-    by_text = {
-        role: tokens.index(text)
-        for role, text in GEMMA_SPECIAL.items()
-        if text in tokens and types[tokens.index(text)] is TokenType.CONTROL
-    }
+    ids = {text: i for i, text in enumerate(tokens) if types[i] is TokenType.CONTROL}
+    by_text = {role: ids[text] for role, text in GEMMA_SPECIAL.items() if text in ids}
     special_ids = {**by_text, **pieces.special_ids, **special_ids}
     return Vocabulary(tokens, scores, types, special_ids, add_tokens, templates, str(origin))
 

@@ -16,7 +16,7 @@ import pytest
 
 import gguf3n
 from gguf3n.errors import CheckpointError, GGUFError, OutputError
-from gguf3n.formats import gguf_draft, whole_file
+from gguf3n.formats import gguf_draft, gguf_writer, whole_file
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
 from gguf3n.formats.rows import RowReader
@@ -66,6 +66,29 @@ def test_every_writer_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert n_files == 3
     gguf3n.write_imatrix(gguf3n.ImportanceMatrix(Path("x"), {}, chunk_size=512), tmp_path / "imatrix.gguf")
     assert n_files == 4
+
+
+def test_the_disk_takes_a_long_file_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, write_at = os.fsync, gguf_writer.OffsetFiles.write_at
+    monkeypatch.setattr(gguf_writer, "SYNC_BYTES", 1 << 14)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), fsync(descriptor))[1])
+    monkeypatch.setattr(gguf_writer.OffsetFiles, "write_at", lambda *args: (events.append("write"), write_at(*args))[1])
+    gguf3n.convert(micro.make(tmp_path / "source"), "F16", tmp_path / "out")
+    last = len(events) - events[::-1].index("write")
+    assert events[:last].count("sync") > 1
+    assert "sync" in events[last:]
+
+
+def test_a_disk_that_fails_while_it_takes_the_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(gguf_writer, "SYNC_BYTES", 1 << 14)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        gguf3n.convert(micro.make(tmp_path / "source"), "F16", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @POSIX
