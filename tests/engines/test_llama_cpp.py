@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from gguf3n.engines import ggml, llama_library, llama_process
+from gguf3n.engines import child_process, ggml, llama_library
+from gguf3n.engines.child_process import PROGRAM
 from gguf3n.engines.llama_cpp import LlamaCpp, LlamaServer, open_llama_cpp
 from gguf3n.engines.llama_library import N_BATCH, LlamaLibrary, UnknownLayout, check_parameters
-from gguf3n.engines.llama_process import PROGRAM, LlamaProcess
+from gguf3n.engines.llama_process import LlamaProcess
 from gguf3n.errors import GGUFError, UsageError
 from workshop.checkpoints import TOKENIZER
 
@@ -173,7 +174,7 @@ def test_process_says_what_the_library_says(rows: np.ndarray, model_path: Path) 
 
 def test_a_process_that_aborts_is_an_error(model_path: Path) -> None:
     with LlamaProcess(model_path, n_ctx=256, n_threads=1) as process:
-        process._process.kill()
+        process._child.kill()
         with pytest.raises(GGUFError, match=r"llama\.gguf: llama\.cpp aborts on this file"):
             list(process.logprobs(IDS))
 
@@ -233,7 +234,7 @@ def test_without_xllamacpp(engine: Any, model_path: Path, monkeypatch: pytest.Mo
     ggml.library.cache_clear()
     llama_library.bindings.cache_clear()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    monkeypatch.setattr(llama_process, "PROGRAM", f"import sys; sys.modules['xllamacpp'] = None; {PROGRAM}")
+    monkeypatch.setattr(child_process, "PROGRAM", f"import sys; sys.modules['xllamacpp'] = None; {PROGRAM}")
     with pytest.raises(UsageError, match=r"gguf3n\[validate\]"):
         engine(model_path)
 
