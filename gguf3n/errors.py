@@ -19,6 +19,7 @@ A message has up to four parts: what is wrong and where, what was expected, what
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any
 
@@ -29,6 +30,10 @@ CONTINUED = " " * 12
 
 SHOWN = 80
 """Characters of a value in a message."""
+
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+"""What the system says where a process, or all together, may open no more files."""
+MORE_HANDLES = "raise the limit of open files, as with `ulimit -n 1024`"
 
 
 def shown(value: Any) -> str:

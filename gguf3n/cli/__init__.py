@@ -24,7 +24,7 @@ import gguf3n
 from gguf3n.cli.console import print_error
 from gguf3n.cli.groups import flattened
 from gguf3n.cli.paint import say
-from gguf3n.errors import Gguf3nError, Interrupted
+from gguf3n.errors import MORE_HANDLES, TOO_MANY_OPEN, Gguf3nError, Interrupted
 from gguf3n.outside import inert, masked, printable
 
 
@@ -202,6 +202,8 @@ def _unexpected(error: Exception) -> Gguf3nError:
     found = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_FOUND]
     if isinstance(error, MemoryError):
         return Gguf3nError(f"{command}: out of memory", found=found, fix="close other programs, or use another machine")
+    if isinstance(error, OSError) and error.errno in TOO_MANY_OPEN:
+        return Gguf3nError(f"{command}: too many files are open", found=found, fix=MORE_HANDLES)
     if isinstance(error, OSError) and error.errno is not None:
         fix = f"look at the disk and at the limits of the system; {DEBUG}=1 shows where it happened"
         return Gguf3nError(f"{command}: the system refused something", found=found, fix=fix)

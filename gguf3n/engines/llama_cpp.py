@@ -87,7 +87,7 @@ def open_llama_cpp(
     try:
         return LlamaLibrary(path, n_ctx=n_ctx, n_threads=n_threads or processors())
     except UnknownLayout:
-        return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
+        return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads, chat_template="chatml")
 
 
 class LlamaCpp:
@@ -98,10 +98,20 @@ class LlamaCpp:
 
     Why: keys and values are cached in float32 and flash attention is off, so the file is measured, not the cache.
 
+    Args:
+        chat_template: instead of the file's own, which is a program that llama.cpp tries as it loads the file.
+
     Raises: GGUFError: llama.cpp does not load the file. UsageError: xllamacpp is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int = 2048,
+        n_threads: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -122,6 +132,8 @@ class LlamaCpp:
         params.fit_params = False
         params.warmup = False
         params.verbosity = -1
+        if chat_template is not None:
+            params.chat_template = chat_template
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:

@@ -3,37 +3,21 @@
 A faulty file can make llama.cpp abort, which ends the process that it runs in: here that is an error like others. Its
 memory is free for certain when it is closed, and the next row is computed while the last one is looked at.
 
-    to the process     one line of JSON a text: {"token_ids": [...], "first": n}
-    from the process   messages: kind uint8, length uint64 (little endian), then JSON or a row of float32
-
-The first message says that the model is loaded.
+Requests are {"token_ids": [...], "first": n}, answers rows of float32; the first message has the engine's name.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n import errors
+from gguf3n.engines.child_process import ANSWER, READY, ChildProcess, Ended, answers, requests
 from gguf3n.engines.llama_cpp import open_llama_cpp
-from gguf3n.errors import Gguf3nError, GGUFError
-
-HEADER = struct.Struct("<BQ")
-ROW, READY, FAILED = range(3)
-"""Kinds of messages: log-probabilities of a position; the engine's name; an error."""
-
-PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {__name__} as it; it.main(sys.argv[2])"
-"""Python without its environment variables and the working directory, importing what this process does."""
+from gguf3n.errors import GGUFError
 
 
 class LlamaProcess:
@@ -48,18 +32,13 @@ class LlamaProcess:
 
     def __init__(self, path: str | os.PathLike[str], *, n_ctx: int = 512, n_threads: int | None = None) -> None:
         self._path = Path(path)
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (open until close)
-        options = {"path": str(self._path), "n_ctx": n_ctx, "n_threads": n_threads}
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", PROGRAM, json.dumps(sys.path), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._messages,
-            env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # it calls a debugger, which takes seconds
-        )
         self._n_due = 0
         try:
-            self.name = str(json.loads(self._receive(READY))["name"])
+            self._child = ChildProcess(__name__, {"path": str(self._path), "n_ctx": n_ctx, "n_threads": n_threads})
+        except Ended as error:
+            raise self._aborted(error) from None
+        try:
+            self.name = self._receive(READY).decode()
         except BaseException:
             self.close()
             raise
@@ -72,9 +51,7 @@ class LlamaProcess:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._messages.close()
+        self._child.close()
 
     def logprobs(self, token_ids: Sequence[int], *, first: int = 0) -> Iterator[NDArray[np.float32]]:
         """For each position of a text, from `first` on, the log-probabilities of what follows it.
@@ -83,73 +60,36 @@ class LlamaProcess:
 
         Raises: GGUFError: llama.cpp does not evaluate the text, or aborts.
         """
-        request = {"token_ids": [int(i) for i in token_ids], "first": first}
         while self._n_due:  # rows of a text whose caller stopped early
             self._row()
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:  # it has ended; not BrokenPipeError on every system
-            raise self._ended() from None
+            self._child.send({"token_ids": [int(i) for i in token_ids], "first": first})
+        except Ended as error:
+            raise self._aborted(error) from None
         self._n_due = len(token_ids) - first
         while self._n_due:
             yield self._row()
 
     def _row(self) -> NDArray[np.float32]:
-        row = np.frombuffer(self._receive(ROW), np.float32)
+        row = np.frombuffer(self._receive(ANSWER), np.float32)
         self._n_due -= 1
         return row
 
     def _receive(self, kind: int) -> bytes:
-        """The next message, which is of this kind. Raises: what FAILED brings; GGUFError: the process has ended."""
-        assert self._process.stdout is not None
-        header = self._process.stdout.read(HEADER.size)
-        received, length = HEADER.unpack(header) if len(header) == HEADER.size else (None, 0)
-        data = self._process.stdout.read(length)
-        if received == FAILED:
-            parts = json.loads(data)
-            raise _error(parts)
-        if received != kind or len(data) < length:
-            raise self._ended()
-        return data
-
-    def _ended(self) -> GGUFError:
-        code = self._process.wait()
-        self._messages.seek(0)
-        lines = [line.strip() for line in self._messages.read().decode(errors="replace").splitlines() if line.strip()]
-        asserted = next((line for line in lines if "GGML_ASSERT" in line), None)
-        return GGUFError(
-            f"{self._path}: llama.cpp aborts on this file",
-            found=asserted or f"exit code {code}; {' '.join(lines[-1:])}",
-        )
-
-
-def _error(parts: dict[str, Any]) -> Gguf3nError:
-    """The error that the process raised, from its `as_dict`."""
-    error: type[Gguf3nError] = getattr(errors, parts["error"])
-    return error(parts["what"], expected=parts["expected"], found=parts["found"], fix=parts["fix"])
-
-
-def main(options: str) -> None:
-    """What the process does: load the model, then a text at a time.
-
-    Args:
-        options: those of `open_llama_cpp`, as JSON.
-    """
-    answers_descriptor = os.dup(1)
-    os.dup2(2, 1)  # what llama.cpp prints must not get between the answers
-    with os.fdopen(answers_descriptor, "wb") as answers:
-
-        def send(kind: int, data: bytes) -> None:
-            answers.write(HEADER.pack(kind, len(data)) + data)
-            answers.flush()
-
         try:
-            with open_llama_cpp(**json.loads(options)) as model:
-                send(READY, json.dumps({"name": model.name}).encode())
-                for line in sys.stdin.buffer:
-                    for row in model.logprobs(**json.loads(line)):
-                        send(ROW, row.tobytes())
-        except Gguf3nError as error:
-            send(FAILED, json.dumps(error.as_dict()).encode())
+            return self._child.receive(kind)
+        except Ended as error:
+            raise self._aborted(error) from None
+
+    def _aborted(self, error: Ended) -> GGUFError:
+        return GGUFError(f"{self._path}: llama.cpp aborts on this file", found=str(error))
+
+
+def main() -> None:
+    """What the process does: load the model by the options of `open_llama_cpp`, then a text at a time."""
+    asked = requests()
+    with answers() as send, open_llama_cpp(**next(asked)) as model:
+        send(READY, model.name.encode())
+        for request in asked:
+            for row in model.logprobs(**request):
+                send(ANSWER, row.tobytes())

@@ -9,13 +9,13 @@ GGUF file                                     llama.cpp
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from gguf.constants import Keys, TokenType
 
+from gguf3n.engines.template_process import Chat, TemplateProcess, jinja_process, llama_cpp_process
 from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
 from gguf3n.gemma3n.sentencepieces import SentencePieces
@@ -28,9 +28,6 @@ MODEL = "llama"
 
 WHOLE = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 """Types of the tokens that are found in a text before the rest is merged from letters."""
-
-Chat = Sequence[Mapping[str, str]]
-"""Messages, each with a role and its content."""
 
 ADDS: Mapping[str, bool] = {
     Keys.Tokenizer.ADD_BOS: True,
@@ -61,7 +58,7 @@ class ReferenceTokenizer(Protocol):
     def render(self, chat: Chat) -> str | None:
         """A chat as text, up to where the model is to speak; None where there is no chat template.
 
-        Raises: TokenizerError, GGUFError: the template fails or refuses the chat.
+        Raises: TokenizerError, GGUFError: the template fails or refuses the chat; TemplateStopped: it comes to no end.
         """
         ...
 
@@ -102,6 +99,7 @@ class TransformersTokenizer:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._templates: TemplateProcess | None = None
         self._tokenizer = load_tokenizer(directory)
         if self._tokenizer.bos_token_id is None:
             raise TokenizerError(
@@ -116,10 +114,14 @@ class TransformersTokenizer:
     def render(self, chat: Chat) -> str | None:
         if not self._tokenizer.chat_template:
             return None
-        messages = [dict(message) for message in chat]
-        with _template_errors(self._directory):
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        if self._templates is None:
+            try:
+                template = self._tokenizer.get_chat_template()
+            except ValueError as error:
+                raise TokenizerError(f"{self._directory}: no chat template for chats", found=str(error)) from error
+            special_tokens = self._tokenizer.special_tokens_map
+            self._templates = jinja_process(str(self._directory), template, special_tokens)
+        return self._templates.render(chat)
 
     def encode_rendered(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -132,7 +134,8 @@ class TransformersTokenizer:
         return token_id in self._tokenizer.added_tokens_decoder
 
     def close(self) -> None:
-        """Nothing is held."""
+        if self._templates is not None:
+            self._templates.close()
 
 
 class SentencePieceTokenizer:
@@ -142,6 +145,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, source: Checkpoint) -> None:
         self._directory = source.path
+        self._templates: TemplateProcess | None = None
         self._pieces = SentencePieces(source)
         self._vocabulary = self._pieces.vocabulary
         self.bos_id = self._vocabulary.special_ids["bos"]
@@ -153,16 +157,11 @@ class SentencePieceTokenizer:
         template = self._vocabulary.chat_templates.get("default")
         if template is None:
             return None
-        _transformers()
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        special = {f"{role}_token": self._vocabulary.tokens[i] for role, i in self._vocabulary.special_ids.items()}
-        messages = [dict(message) for message in chat]
-        with _template_errors(self._directory):
-            (text,), _ = render_jinja_template(
-                [messages], chat_template=template, add_generation_prompt=True, **special
-            )
-        return str(text)
+        if self._templates is None:
+            ids = self._vocabulary.special_ids
+            special_tokens = {f"{role}_token": self._vocabulary.tokens[i] for role, i in ids.items()}
+            self._templates = jinja_process(str(self._directory), template, special_tokens)
+        return self._templates.render(chat)
 
     def encode_rendered(self, text: str) -> list[int]:
         return self._pieces.encode(text, add_special=False)
@@ -174,7 +173,8 @@ class SentencePieceTokenizer:
         return self._vocabulary.types[token_id] in WHOLE
 
     def close(self) -> None:
-        """Nothing is held."""
+        if self._templates is not None:
+            self._templates.close()
 
 
 class LlamaCppTokenizer:
@@ -196,8 +196,8 @@ class LlamaCppTokenizer:
             raise GGUFError(f"{path}: a text stands twice in the vocabulary; llama.cpp would abort", found=str(twice))
         bos_id = self._subject.integer(Keys.Tokenizer.BOS_ID)
         self.bos_id = 1 if bos_id is None else bos_id  # llama.cpp's default
-        self._model = VocabularyModel(subject.gguf, with_template=False)
-        self._with_template: VocabularyModel | None = None
+        self._model = VocabularyModel(subject.gguf)
+        self._templates: TemplateProcess | None = None
 
     def adds(self, name: str) -> bool:
         """What a key says that the tokenizer adds, or llama.cpp takes where it is missing."""
@@ -210,9 +210,9 @@ class LlamaCppTokenizer:
     def render(self, chat: Chat) -> str | None:
         if not (self._subject.template or "").strip():
             return None
-        if self._with_template is None:
-            self._with_template = VocabularyModel(self._subject.gguf, with_template=True)
-        return self._with_template.render(chat)
+        if self._templates is None:
+            self._templates = llama_cpp_process(self._subject.gguf)
+        return self._templates.render(chat)
 
     def encode_rendered(self, text: str) -> list[int]:
         return self._model.tokenize(text)
@@ -224,9 +224,9 @@ class LlamaCppTokenizer:
         return self._subject.token_type(token_id) in WHOLE
 
     def close(self) -> None:
-        for model in (self._model, self._with_template):
-            if model is not None:
-                model.close()
+        self._model.close()
+        if self._templates is not None:
+            self._templates.close()
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -249,14 +249,6 @@ def load_tokenizer(directory: Path) -> Any:
 
 def spaced(piece: str) -> str:
     return piece.replace("▁", " ")
-
-
-@contextmanager
-def _template_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever a template does
-        raise TokenizerError(f"{directory}: the chat template fails", found=str(error)) from error
 
 
 def _transformers() -> Any:

@@ -48,34 +48,23 @@ MATRICES = (
 NORMS = (MODEL_TENSOR.ATTN_NORM, MODEL_TENSOR.FFN_NORM, MODEL_TENSOR.OUTPUT_NORM)
 
 
-class VocabularyModel(LlamaCpp):
-    """llama.cpp's server on the vocabulary of a GGUF file.
+class VocabularyServer(LlamaCpp):
+    """llama.cpp's server on a file that `write_vocabulary_model` made.
 
     Args:
-        with_template: keep the file's chat template; one that llama.cpp can't read keeps the model from loading.
+        name: of the file whose vocabulary it is, in messages.
+        with_template: whether the chat template is in it; one that llama.cpp can't read keeps it from loading.
 
-    Raises: GGUFError: the file is none, or llama.cpp does not load its vocabulary. UsageError: no xllamacpp.
+    Raises: GGUFError: llama.cpp does not load it. UsageError: no xllamacpp.
     """
 
-    def __init__(self, gguf: GGUFFile, *, with_template: bool) -> None:
-        self._path = path = gguf.path
-        self._directory = tempfile.mkdtemp(prefix="gguf3n-")
+    def __init__(self, model: Path, name: str, *, with_template: bool) -> None:
+        self._name = name
         try:
-            model = Path(self._directory) / "vocabulary.gguf"
-            write_vocabulary_model(gguf, model, with_template=with_template)
-            try:
-                super().__init__(model, n_ctx=N_CTX, n_threads=1)
-            except GGUFError as error:
-                what = "vocabulary and chat template" if with_template else "vocabulary"
-                raise GGUFError(f"{path}: llama.cpp does not load this {what}", found=error.found) from error
-        except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            raise
-
-    def close(self) -> None:
-        """Frees the model and removes its file."""
-        super().close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+            super().__init__(model, n_ctx=N_CTX, n_threads=1)
+        except GGUFError as error:
+            what = "vocabulary and chat template" if with_template else "vocabulary"
+            raise GGUFError(f"{name}: llama.cpp does not load this {what}", found=error.found) from error
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, as the file has them added and, if `special`, special tokens in the text recognized.
@@ -86,7 +75,7 @@ class VocabularyModel(LlamaCpp):
         tokens: list[int] = self._ask("/tokenize", request)["tokens"]
         return tokens
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """A chat up to where the model is to speak; without the begin token, where llama.cpp adds it afterwards.
 
         Raises: GGUFError: the template fails.
@@ -98,7 +87,29 @@ class VocabularyModel(LlamaCpp):
         try:
             return post(self.url + path, request)
         except urllib.error.HTTPError as error:
-            raise GGUFError(f"{self._path}: llama.cpp's server fails at {path}", found=said(error)) from error
+            raise GGUFError(f"{self._name}: llama.cpp's server fails at {path}", found=said(error)) from error
+
+
+class VocabularyModel(VocabularyServer):
+    """llama.cpp's server on the vocabulary of a GGUF file, without its chat template (see template_process).
+
+    Raises: GGUFError: the file is none, or llama.cpp does not load its vocabulary. UsageError: no xllamacpp.
+    """
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self._directory = tempfile.mkdtemp(prefix="gguf3n-")
+        try:
+            model = Path(self._directory) / "vocabulary.gguf"
+            write_vocabulary_model(gguf, model, with_template=False)
+            super().__init__(model, str(gguf.path), with_template=False)
+        except BaseException:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
+
+    def close(self) -> None:
+        """Frees the model and removes its file."""
+        super().close()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def write_vocabulary_model(gguf: GGUFFile, output: Path, *, with_template: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -44,7 +45,10 @@ Stamp: TypeAlias = tuple[int, int, int, int]
 
 def stamp(path: str | Path) -> Stamp:
     """What changes when a file is replaced or written: device, number, size and time of its last change."""
-    found = os.stat(path)
+    return _stamp(os.stat(path))
+
+
+def _stamp(found: os.stat_result) -> Stamp:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -58,12 +62,17 @@ class LocalFile:
         self.path = path
         self.name = str(path)
         try:
-            if not path.is_file():
-                raise GGUFError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
-            self.stamp = stamp(path)
-            self.n_bytes = path.stat().st_size
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise GGUFError(f"{path}: no such file") from error
+        except ValueError as error:  # a null byte
+            raise GGUFError(f"{path}: not the name of a file", found=str(error)) from error
         except OSError as error:
             raise GGUFError(f"{path}: cannot be opened", found=error.strerror or str(error)) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise GGUFError(f"{path}: not a file")
+        self.stamp = _stamp(found)
+        self.n_bytes = found.st_size
 
     def read_at(self, offset: int, count: int) -> bytes:
         try:

@@ -202,7 +202,7 @@ class Draft:
         path = self.gguf.path
         if output is None and not self.changed:
             return "unchanged"
-        with _locked(path):
+        with _readable(path), _locked(path):
             self._check_unchanged(path)
             return self._save(path, output)
 
@@ -238,6 +238,15 @@ class Draft:
         for tensor, offset in zip(self.tensors, self._offsets(), strict=True):
             if tensor.n_source:
                 yield n_header + offset, tensor.source, tensor.n_source
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Makes what the system says against reading the old file an error of ours; writing has its own."""
+    try:
+        yield
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read", found=error.strerror or str(error)) from error
 
 
 @contextmanager

@@ -133,8 +133,10 @@ class GGUFWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._close()
-        self._file.discard()
+        try:
+            self._close()
+        finally:
+            self._file.discard()
 
     def write_at(self, offset: int, data: np.ndarray) -> None:
         """Write bytes at a file offset. Shapes: uint8, contiguous."""
@@ -172,6 +174,8 @@ def check_written(temporary: Path, layout: Layout, path: Path) -> None:
     try:
         found = open_part(temporary, strict=bool(layout.slots))
     except GGUFError as error:
+        if isinstance(error.__cause__, OSError):
+            raise output_error(path, error.__cause__) from error
         raise GGUFError(
             f"{path}: what was written can't be read back", found=error.one_line, fix="report this: it is a bug"
         ) from error

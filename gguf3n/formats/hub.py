@@ -107,7 +107,13 @@ def is_repo_id(source: str) -> bool:
     """Whether `source` means a repository, "org/name", and not a local path."""
     if not REPO_ID.fullmatch(source) or "--" in source or ".." in source or source.endswith(".git"):
         return False
-    return not os.path.exists(source)  # False for a name that is too long, too
+    try:
+        os.stat(source)
+    except PermissionError:  # there may be such a file; the Hub is not asked for what is in somebody's directories
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def fetch_checkpoint(

@@ -77,8 +77,13 @@ class OffsetFiles:
             done += file.write(view[done:])
 
     def close(self) -> None:
-        """Close every thread's handles."""
+        """Close every thread's handles. Raises: the first OSError of one, when all are closed."""
+        failed: OSError | None = None
         with self._lock:
-            for file in self._opened:
-                file.close()
-            self._opened.clear()
+            while self._opened:
+                try:
+                    self._opened.pop().close()
+                except OSError as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed

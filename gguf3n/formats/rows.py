@@ -15,6 +15,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeAlias
@@ -346,7 +347,8 @@ class RowReader:
                 )
 
     def close(self) -> None:
-        self._files.close()
+        with suppress(OSError):  # of files that were only read, nothing is lost
+            self._files.close()
 
 
 @dataclass(frozen=True)

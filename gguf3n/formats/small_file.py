@@ -64,6 +64,17 @@ def is_there(path: Path, error: type[Gguf3nError]) -> bool:
     return True
 
 
+def check_permission(path: Path, error: type[Gguf3nError]) -> None:
+    """Tell what may not be seen from what is not there. Raises: `error`."""
+    try:
+        path.stat()
+    except PermissionError as cause:
+        fix = "look at the rights of the directories above it"
+        raise error(f"{path}: no permission to look at it", found=cause.strerror, fix=fix) from cause
+    except (OSError, ValueError):
+        return
+
+
 def check_small(path: Path, max_bytes: int, error: type[Gguf3nError]) -> int:
     """A regular file's size, which is at most `max_bytes`. Raises: `error`."""
     try:

@@ -24,9 +24,10 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from gguf3n.errors import OutputError
+from gguf3n.errors import MORE_HANDLES, TOO_MANY_OPEN, OutputError
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +63,14 @@ class WholeFile:
         self._has_name = False
         self._syncing = threading.Lock()
         try:
-            self._replaced = _rights(path)
+            self._replaced = _status(path)
             self.temporary = path.with_name(_temporary_name(path.name))
             mode = 0o666 if self._replaced is None else 0o600
-            descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+            self._file = open(self.temporary, "xb", opener=partial(os.open, mode=mode))  # noqa: SIM115 (until commit)
             try:
-                self._file = os.fdopen(descriptor, "wb")
                 _lock(self._file.fileno())
             except BaseException:
-                self.temporary.unlink()
+                self.discard()
                 raise
         except OSError as error:
             raise output_error(path, error) from error
@@ -191,14 +191,6 @@ def _is_locked(path: Path) -> bool:
         return True
 
 
-def _rights(path: Path) -> os.stat_result | None:
-    """Of the file that is to be replaced; None where there is none."""
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        return None
-
-
 def _give_rights(path: Path, rights: os.stat_result) -> None:
     if hasattr(os, "chown"):
         with suppress(PermissionError):  # only root gives files away
@@ -229,16 +221,28 @@ def write_whole(path: str | Path, data: bytes | str, *, force: bool) -> None:
 
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output that can't be written, before any work is done."""
-    if os.path.isdir(path):  # os.path: a name that is too long is refused when the file is made
+    try:
+        found, parent = _status(path), _status(path.parent)
+    except (OSError, ValueError) as error:
+        raise output_error(path, error) from error
+    if found is not None and stat.S_ISDIR(found.st_mode):
         raise OutputError(f"{path} is a directory", expected="a file name", fix="name a file in it")
-    if os.path.exists(path) and not force:
+    if found is not None and not force:
         raise OutputError(f"{path} exists already", fix="add --force to replace it or choose another name")
-    if os.path.exists(path) and not os.stat(path).st_mode & stat.S_IWUSR:
+    if found is not None and not found.st_mode & stat.S_IWUSR:
         raise OutputError(f"{path} is read-only", fix="make it writable to replace it, or choose another name")
-    if not os.path.isdir(path.parent):
+    if parent is None or not stat.S_ISDIR(parent.st_mode):
         raise OutputError(f"{path}: there is no directory {path.parent}", fix="make it, or choose another place")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {path.parent}", fix="choose another place")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None where nothing has this name. Raises: OSError: that can't be seen; ValueError: no file can have it."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def check_space(path: Path, n_bytes: int) -> None:
@@ -268,8 +272,14 @@ def make_directory(path: Path) -> None:
         raise output_error(path, error) from error
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
+def output_error(path: Path, error: OSError | ValueError) -> OutputError:
     """What went wrong with the output, in the user's words."""
+    if not isinstance(error, OSError):  # a null byte
+        return OutputError(f"{path}: not the name of a file", found=str(error), fix="choose another name")
+    if error.errno == errno.ENAMETOOLONG:
+        return OutputError(f"{path}: its name is too long for a file", fix="choose a shorter one")
+    if error.errno in TOO_MANY_OPEN:
+        return OutputError(f"{path}: too many files are open", found=error.strerror, fix=MORE_HANDLES)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{path}: the disk is full", fix="free some space or choose another place")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

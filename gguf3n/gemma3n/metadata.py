@@ -58,13 +58,13 @@ def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int
 
     directory = Path(os.path.abspath(directory))  # its name is the model's, and "." has none
     generation, card = directory / "generation_config.json", directory / "README.md"
-    if is_there(generation, ConfigError):
-        read_checkpoint_json(generation)
+    sampling = read_checkpoint_json(generation) if is_there(generation, ConfigError) else {}
     try:
         if is_there(card, ConfigError):
             _check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
+        _check_sampling(metadata, sampling, generation)
         if repo_id is not None:
             named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, Path(repo_id), n_weights)
             for field in NAME_FIELDS:
@@ -83,6 +83,14 @@ def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int
             found=f"{type(error).__name__}: {error}".partition("\n")[0],
             fix="correct the front matter, or remove the file",
         ) from error
+
+
+def _check_sampling(metadata: Any, sampling: Mapping[str, Any], generation: Path) -> None:
+    """See that the package has what the file says. Why: it takes a file that it can't read for an empty one."""
+    for name, value in sampling.items():
+        attribute = f"sampling_{'temp' if name == 'temperature' else name}"
+        if value is not None and getattr(metadata, attribute, value) is None:
+            raise ConfigError(f"{generation}: cannot be read", expected=f"{name}, as before", found="nothing")
 
 
 def _check_front_matter(text: str) -> None:

@@ -19,7 +19,7 @@ from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_reader import SPLIT_NAME, GGUFFile, open_gguf
 from gguf3n.formats.hub import fetch_checkpoint, fetch_tensor_table, is_repo_id
 from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, stored_tensors
-from gguf3n.formats.small_file import check_checkpoint_files
+from gguf3n.formats.small_file import check_checkpoint_files, check_permission
 from gguf3n.gemma3n.config import Config, load_config, parse_config
 from gguf3n.gemma3n.tokenizer import Vocabulary, read_vocabulary
 
@@ -102,6 +102,7 @@ def open_source(
     if os.path.isfile(path) or (path.suffix == ".gguf" and not os.path.isdir(path)):  # False for names too long, too
         return open_gguf_source(path)
     if not os.path.isdir(path):
+        check_permission(path, SourceError)
         raise SourceError(
             f"{path}: no such directory",
             expected="a directory with a Hugging Face checkpoint, or a Hub id like google/gemma-3n-E4B-it",

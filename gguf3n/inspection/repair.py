@@ -18,8 +18,8 @@ from gguf.constants import GGML_QUANT_VERSION, Keys, TokenType
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_draft import Draft, DraftTensor, grown
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
-from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, open_part
-from gguf3n.gemma3n.mapping import Storage
+from gguf3n.formats.gguf_reader import MAX_STRINGS, GGUFArray, GGUFFile, GGUFKey, open_part
+from gguf3n.gemma3n.mapping import MAX_GROWTH, Storage
 from gguf3n.gemma3n.text import ARCH
 from gguf3n.gemma3n.tokenizer import BYTE_PIECE, UNUSED_SCORE
 from gguf3n.inspection import checks_model as model
@@ -29,8 +29,6 @@ from gguf3n.inspection.subject import TABLES, Subject
 
 MAX_ROUNDS = 4
 """A fix can bring another fault to light, as the number of layers does."""
-MAX_ROWS = 1 << 22
-"""Of a table that is padded; the published ones have a tenth of it."""
 LOST = ("truncated", "overlap")
 """Problems with which a tensor's bytes are lost, so that nothing is to be made of them."""
 COMPARE_BYTES = 1 << 22
@@ -226,6 +224,8 @@ def _converted(key: GGUFKey, wanted: model.KeyType) -> KeyValue | None:
     if isinstance(key.value, GGUFArray) is not wanted.is_array:
         return None
     if isinstance(key.value, GGUFArray):
+        if len(key.value) > MAX_STRINGS:  # more than layers and tokens can be
+            return None
         items = [_fitted(item, kind) for item in key.value]
         return None if None in items else KeyValue(key.name, GGUFValueType.ARRAY, _known(items), kind)
     value = _fitted(key.value, kind)
@@ -253,7 +253,11 @@ def _fitted(value: Scalar, kind: GGUFValueType) -> Scalar | None:
 
 
 def _add_idle_tensors(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
-    """Zeros for keys and values of KV-shared layers. Why: demanded by llama.cpp's loader, evaluated by nobody."""
+    """Zeros for keys and values of KV-shared layers. Why: demanded by llama.cpp's loader, evaluated by nobody.
+
+    Not more of them than the file has bytes: one name in it claims hundreds of layers, one empty tensor any size.
+    """
+    added: list[DraftTensor] = []
     for name in [finding.where for finding in findings]:
         rule, bid = subject.wanted[name]
         shape = subject.expected_shape(rule, bid)
@@ -262,13 +266,22 @@ def _add_idle_tensors(subject: Subject, draft: Draft, findings: Findings) -> Ite
             continue
         same_rows = query is not None and query.shape[-1] == shape[-1]
         qtype = query.qtype if query is not None and same_rows and rule.storage is not Storage.FLOAT32 else QType.F32
-        draft.tensors.append(DraftTensor(name, shape, qtype))
-        yield f"add {name} {list(shape)} {qtype.name}, zeros"
+        added.append(DraftTensor(name, shape, qtype))
+    if sum(tensor.n_bytes for tensor in added) > subject.gguf.file_bytes:
+        return
+    for tensor in added:
+        draft.tensors.append(tensor)
+        yield f"add {tensor.name} {list(tensor.shape)} {tensor.qtype.name}, zeros"
 
 
 def _pad_tables(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
-    n_rows = max([len(subject.tokens), *(subject.n_rows(name) or 0 for name in TABLES)])
-    if n_rows > MAX_ROWS:
+    """Not to more rows than are there in some multiple, as in a conversion; an empty tensor may claim any number."""
+    tables = [tensor for tensor in draft.tensors if tensor.name in TABLES and len(tensor.shape) == 2]
+    counts = [tensor.shape[0] if tensor.n_bytes else 0 for tensor in tables]
+    if subject.tokens:
+        counts.append(len(subject.tokens))
+    n_rows = max(counts, default=0)
+    if n_rows > min(MAX_GROWTH * min(counts, default=0), MAX_STRINGS):
         return
     for i, tensor in enumerate(draft.tensors):
         if tensor.name in TABLES and len(tensor.shape) == 2 and tensor.shape[0] < n_rows:

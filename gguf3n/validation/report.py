@@ -137,8 +137,11 @@ def _file_facts(candidate: Candidate) -> Iterator[tuple[str, str]]:
     except GGUFError:
         pass  # what is wrong stands under its stage
     for file in files:
-        yield "file", f"{file.name}, {file.stat().st_size:,} bytes"
-        yield "SHA-256", _sha256(file)
+        try:
+            yield "file", f"{file.name}, {file.stat().st_size:,} bytes"
+            yield "SHA-256", _sha256(file)
+        except OSError as error:
+            raise GGUFError(f"{file}: cannot be read", found=error.strerror or str(error)) from error
     if quantization is not None:
         yield "quantization", quantization
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-from gguf3n.engines.reference_tokenizers import Chat, Tokenizer
+from gguf3n.engines.reference_tokenizers import Tokenizer
+from gguf3n.engines.template_process import Chat
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import Any
 
 from gguf.constants import Keys
 
-from gguf3n.engines.reference_tokenizers import Chat, LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
+from gguf3n.engines.reference_tokenizers import LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
+from gguf3n.engines.template_process import Chat, TemplateStopped
 from gguf3n.errors import GGUFError, TokenizerError
 from gguf3n.gemma3n.source import Source
 from gguf3n.validation.candidate import Candidate
@@ -89,7 +90,7 @@ def check_tokens(candidate: Candidate, reference: Source) -> TokensResult:
     started = time.perf_counter()
     with closing(open_reference(reference)) as expected:
         texts = [(case.name, case.text, expected.encode(case.text)) for case in cases(expected.kind)]
-        chats = list(_rendered(expected))
+        chats, in_reference = _rendered(expected)
         problems: list[Problem] = []
         compared: list[Comparison] = []
         try:
@@ -101,7 +102,7 @@ def check_tokens(candidate: Candidate, reference: Source) -> TokensResult:
                         compared.append(outcome)
                     elif outcome is not None and not problems:  # the second would say the same
                         problems.append(outcome)
-                problems = [*_traced(compared, expected, found), *problems]
+                problems = [*_traced(compared, expected, found), *in_reference, *problems]
         except GGUFError as error:
             problems.append(Problem(Verdict.FAIL, "vocabulary", error.one_line))
     n_tokens = sum(len(comparison.expected) for comparison in compared)
@@ -175,13 +176,23 @@ def _example(at: int, a: list[int], b: list[int], expected: ReferenceTokenizer, 
 # chats
 
 
-def _rendered(expected: ReferenceTokenizer) -> Iterator[tuple[str, Chat, str | None]]:
-    """The chats as the reference renders them; not those that its own template refuses, as some do a system message."""
+def _rendered(expected: ReferenceTokenizer) -> tuple[list[tuple[str, Chat, str | None]], list[Problem]]:
+    """The chats as the reference renders them, and what is wrong with its template.
+
+    Not those that its own template refuses, as some do a system message.
+    """
+    chats: list[tuple[str, Chat, str | None]] = []
+    problems: list[Problem] = []
     for name, chat in CHATS.items():
         try:
-            yield name, chat, expected.render(chat)
+            chats.append((name, chat, expected.render(chat)))
+        except TemplateStopped as error:
+            what = f"chats are not compared: the reference's template {error.found}"
+            problems = [Problem(Verdict.WARN, CHAT_TEMPLATE, what)]
+            chats.append((name, chat, None))
         except (TokenizerError, GGUFError):
             continue
+    return chats, problems
 
 
 def _check_chat(
@@ -196,6 +207,8 @@ def _check_chat(
     """
     try:
         rendered = found.render(chat)
+    except TemplateStopped as error:
+        return Problem(Verdict.FAIL, CHAT_TEMPLATE, f"it {error.found} in llama.cpp")
     except GGUFError as error:
         return Problem(Verdict.FAIL, CHAT_TEMPLATE, f"llama.cpp does not render {name}: {error.found}")
     if rendered is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import socket
 import struct
 import sys
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from gguf3n.engines import ggml, llama_library, llama_process
+from gguf3n.engines import child_process, ggml, llama_library
+from gguf3n.engines.child_process import PROGRAM
 from gguf3n.engines.llama_cpp import LlamaCpp, LlamaServer, open_llama_cpp
 from gguf3n.engines.llama_library import N_BATCH, LlamaLibrary, UnknownLayout, check_parameters
-from gguf3n.engines.llama_process import PROGRAM, LlamaProcess
+from gguf3n.engines.llama_process import LlamaProcess
 from gguf3n.errors import GGUFError, UsageError
+from tests.validation.plant_keys import TEMPLATE, set_key
 from workshop.checkpoints import TOKENIZER
 
 pytest.importorskip("xllamacpp")
@@ -173,7 +176,7 @@ def test_process_says_what_the_library_says(rows: np.ndarray, model_path: Path) 
 
 def test_a_process_that_aborts_is_an_error(model_path: Path) -> None:
     with LlamaProcess(model_path, n_ctx=256, n_threads=1) as process:
-        process._process.kill()
+        process._child.kill()
         with pytest.raises(GGUFError, match=r"llama\.gguf: llama\.cpp aborts on this file"):
             list(process.logprobs(IDS))
 
@@ -214,14 +217,19 @@ def test_another_version_is_known_by_its_defaults() -> None:
 
 
 def test_another_version_is_run_by_its_server(
-    rows: np.ndarray, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: np.ndarray, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which does not look at the file's chat template: it may come to no end."""
     with open_llama_cpp(model_path, n_ctx=256, n_threads=1) as engine:
         assert isinstance(engine, LlamaLibrary)
     monkeypatch.setattr(llama_library, "CONTEXT_FIELDS", (("n_ctx", "I", 513),))
     llama_library.bindings.cache_clear()
+    path = Path(shutil.copy(model_path, tmp_path))
+    set_key(path, TEMPLATE, "string", "{% no such thing %}")
+    with pytest.raises(GGUFError, match="does not load"):
+        LlamaCpp(path, n_ctx=256, n_threads=1)
     try:
-        with open_llama_cpp(model_path, n_ctx=256, n_threads=1) as engine:
+        with open_llama_cpp(path, n_ctx=256, n_threads=1) as engine:
             assert isinstance(engine, LlamaCpp)
             assert np.abs(np.array(list(engine.logprobs(IDS[:4]))) - rows[:4]).max() < 1e-3
     finally:
@@ -233,7 +241,7 @@ def test_without_xllamacpp(engine: Any, model_path: Path, monkeypatch: pytest.Mo
     ggml.library.cache_clear()
     llama_library.bindings.cache_clear()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    monkeypatch.setattr(llama_process, "PROGRAM", f"import sys; sys.modules['xllamacpp'] = None; {PROGRAM}")
+    monkeypatch.setattr(child_process, "PROGRAM", f"import sys; sys.modules['xllamacpp'] = None; {PROGRAM}")
     with pytest.raises(UsageError, match=r"gguf3n\[validate\]"):
         engine(model_path)
 

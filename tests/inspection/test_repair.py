@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -14,14 +15,16 @@ import pytest
 
 from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats import gguf_draft
-from gguf3n.formats.gguf_draft import Draft
+from gguf3n.formats.gguf_draft import Draft, DraftTensor
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
-from gguf3n.formats.gguf_layout import KeyValue
+from gguf3n.formats.gguf_layout import KeyValue, QType
 from gguf3n.formats.gguf_reader import open_gguf, open_part
+from gguf3n.gemma3n.config import MAX_LAYERS
 from gguf3n.inspection.edit import edit
 from gguf3n.inspection.lint import lint
 from gguf3n.inspection.repair import repair
-from tests.inspection.faults import PLANTS, drafted
+from gguf3n.inspection.subject import Subject
+from tests.inspection.faults import PLANTS, change_tensor, drafted
 
 SHARED_KV = "gemma3n.attention.shared_kv_layers"
 TEMPLATE = "tokenizer.chat_template"
@@ -113,6 +116,45 @@ def test_what_cannot_be_mended_is_left_alone(copy: Path) -> None:
     assert result.how == "unchanged"
     assert {finding.check.id for finding in result.left} == {"truncated"}
     assert digest(copy) == before
+
+
+# what a file claims, held against what it has
+
+
+@pytest.mark.parametrize("rows", [4_000_000, 1 << 40])
+def test_an_empty_table_makes_no_tokens(copy: Path, rows: int) -> None:
+    change_tensor(copy, "per_layer_token_embd.weight", shape=(rows, 0), n_source=0)
+    before = digest(copy)
+    result = repair(copy)
+    assert "table-rows" not in {fix.check_id for fix in result.fixes}
+    assert "table-rows" in {finding.check.id for finding in result.left}
+    assert digest(copy) == before
+
+
+def test_a_table_grows_by_what_is_there_at_most(copy: Path) -> None:
+    """With a row for each of 3 tokens of 1,088 it is another table, not one that is to be padded."""
+    table = open_part(copy).tensors["per_layer_token_embd.weight"]
+    change_tensor(copy, table.name, shape=(3, table.shape[1]), n_source=3 * table.n_bytes // table.shape[0])
+    assert [fix.check_id for fix in repair(copy).fixes] == []
+
+
+def test_a_name_makes_no_layers(copy: Path) -> None:
+    """One tensor of the last layer that can be makes hundreds with shared keys and values."""
+    with drafted(copy) as draft:
+        draft.tensors.append(DraftTensor(f"blk.{MAX_LAYERS - 1}.attn_norm.weight", (256,), QType.F32))
+    n_tensors = len(open_part(copy).all_tensors)
+    result = repair(copy)
+    assert "missing-shared-kv" in {finding.check.id for finding in result.left}
+    assert len(open_part(copy).all_tensors) == n_tensors
+
+
+def test_an_array_of_more_than_there_can_be_is_not_converted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_tokens = len(Subject(open_part(copy)).tokens)
+    with drafted(copy) as draft:
+        draft.set(KeyValue("tokenizer.ggml.token_type", VT.ARRAY, [1] * n_tokens, VT.INT16))
+    assert "mistyped-key" in {fix.check_id for fix in repair(copy, dry_run=True).fixes}
+    monkeypatch.setattr(importlib.import_module("gguf3n.inspection.repair"), "MAX_STRINGS", n_tokens - 1)
+    assert "mistyped-key" in {finding.check.id for finding in repair(copy, dry_run=True).left}
 
 
 def test_nothing_is_left_behind_where_the_disk_refuses(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

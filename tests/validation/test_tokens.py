@@ -16,6 +16,7 @@ import pytest
 import gguf3n
 from gguf3n.engines.llama_cpp import LlamaCpp
 from gguf3n.engines.reference_tokenizers import LlamaCppTokenizer, ReferenceTokenizer, Tokenizer, open_reference
+from gguf3n.engines.template_process import llama_cpp_process
 from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
@@ -208,18 +209,19 @@ def test_a_reference_that_cannot_be_read(sound: Path, tiny_checkpoint: Path, tmp
 def test_the_vocabulary_alone_is_like_the_whole_file(sound: Path) -> None:
     with (
         LlamaCpp(sound, n_ctx=64, n_threads=1) as whole,
-        VocabularyModel(open_gguf(sound), with_template=True) as alone,
+        VocabularyModel(open_gguf(sound)) as alone,
+        closing(llama_cpp_process(open_gguf(sound))) as templates,
     ):
         for case in CASES:
             assert alone.tokenize(case.text) == whole.tokenize(case.text), case.name
             assert alone.tokenize(case.text, special=False) == whole.tokenize(case.text, special=False), case.name
-        assert alone.render(CHATS["chat"]).startswith("<start_of_turn>user\nAnswer in one sentence.\n\nWhy is")
+        assert templates.render(CHATS["chat"]).startswith("<start_of_turn>user\nAnswer in one sentence.\n\nWhy is")
 
 
 def test_a_vocabulary_that_does_not_load(copy: Path) -> None:
     set_key(copy, "tokenizer.ggml.scores", "float32[]", [0.0])
     with pytest.raises(GGUFError, match=r"copy\.gguf: llama\.cpp does not load this vocabulary"):
-        VocabularyModel(open_gguf(copy, strict=False), with_template=False)
+        VocabularyModel(open_gguf(copy, strict=False))
 
 
 # the texts
