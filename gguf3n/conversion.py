@@ -22,7 +22,7 @@ from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.part import Part, text_part
 from gguf3n.gemma3n.source import GGUFSource, Source, open_gguf_source, open_source
 from gguf3n.pipeline import run
-from gguf3n.planning import Plan, make_plan
+from gguf3n.planning import Plan, linted, make_plan
 from gguf3n.progress import OnProgress
 from gguf3n.recipes import Keep, Recipe, extract_recipe, find_recipe, override
 
@@ -190,7 +190,7 @@ def plan_all(part: Part, recipes: Sequence[Recipe], imatrix: ImportanceMatrix | 
             }
         finally:
             reader.close()
-    return [make_plan(part, recipe, importance, unfit) for recipe in recipes]
+    return linted([make_plan(part, recipe, importance, unfit) for recipe in recipes])
 
 
 def convert(

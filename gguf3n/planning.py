@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import QuantizationError
+from gguf3n.formats.byte_source import HeaderInMemory
 from gguf3n.formats.ggml_types import GGML_TYPES, Importances
 from gguf3n.formats.gguf_layout import QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
@@ -19,6 +20,7 @@ from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.metadata import file_keys
 from gguf3n.gemma3n.part import Part
 from gguf3n.gemma3n.published import HEADER_BYTES, outline
+from gguf3n.inspection.lint import Finding, lint_headers
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, Keep, Recipe, Tensor, check_rules
 
 
@@ -45,6 +47,9 @@ class Plan:
 
     notices: tuple[str, ...]
     """What a user should know, of the source and of this plan."""
+
+    findings: tuple[Finding, ...] = ()
+    """What lint will say of the file, its notes left out; see `linted`."""
 
     @property
     def total_bytes(self) -> int:
@@ -103,6 +108,14 @@ def make_plan(
             *_notices(part.tensors, decisions, recipe),
         ),
     )
+
+
+def linted(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans of one part with what lint will say of their files."""
+    headers = [
+        HeaderInMemory(plan.part.file_name(plan.recipe.name), plan.layout.header, plan.total_bytes) for plan in plans
+    ]
+    return [replace(plan, findings=found) for plan, found in zip(plans, lint_headers(headers), strict=True)]
 
 
 def describe_tensors(tensors: Sequence[MappedTensor], covered: Container[str] | None = None) -> list[Tensor | None]:

@@ -28,10 +28,10 @@ BELOW: dict[str, set[str]] = {
     "recipes": {"errors", "formats"},
     "gemma3n": {"errors", "formats"},
     "plots": {"errors", "formats"},
-    "planning": {"errors", "formats", "gemma3n", "recipes"},
+    "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
+    "planning": {"errors", "formats", "gemma3n", "inspection", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
     "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes"},
-    "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",

@@ -12,6 +12,7 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note, shape_text
+from gguf3n.cli.lint import SHOWN
 from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
@@ -19,6 +20,7 @@ from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.gemma3n.part import Part, text_part
 from gguf3n.gemma3n.source import Source
+from gguf3n.inspection.lint import Finding
 from gguf3n.planning import Plan
 from gguf3n.recipes import find_recipe
 from gguf3n.validation.logits import check_fits
@@ -100,6 +102,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
         print_note("note", notice, quiet=wanted.quiet)
+    _print_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
     result: dict[str, Any] = {"source": part.source.origin, "notices": notices}
     if wanted.dry_run:
         _show(plans, conversion, wanted, result)
@@ -122,6 +125,17 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
             print_validation(found)
     if any(found.verdict is Verdict.FAIL for found in validations):
         raise typer.Exit(FindingsError.exit_code)
+
+
+def _print_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
+    """What lint will say of the files."""
+    for check in dict.fromkeys(finding.check for finding in findings):
+        found = [finding.notice for finding in findings if finding.check is check]
+        lines = found[:SHOWN]
+        if len(found) > SHOWN:
+            lines.append(f"{check.id}: {len(found) - SHOWN} more; gguf3n lint names them all")
+        for line in lines:
+            print_note("warning", line, quiet=quiet)
 
 
 def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing, result: dict[str, Any]) -> None:
@@ -207,6 +221,7 @@ def _plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Pl
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "n_weights": plan.part.n_weights,
         "types": {qtype.name: count for qtype, count in plan.type_counts.items()},
+        "findings": [finding.as_dict() for finding in plan.findings],
     }
     if with_tensors:
         result["tensors"] = [

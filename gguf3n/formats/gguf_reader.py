@@ -114,18 +114,19 @@ class GGUFArray:
     def _strings(self) -> Iterator[str]:
         unpack = struct.Struct(self._order + "Q").unpack_from
         offset, end = self.offset, self.offset + self.n_bytes
-        window, at, size = b"", 0, 1 << 16
-        for _ in range(self.count):
-            if at + 8 > len(window) or at + 8 + unpack(window, at)[0] > len(window):
-                offset, at = offset + at, 0
-                window = self._read(offset, min(size, end - offset))
-                size = min(4 * size, MAX_READ_BYTES)
-                length = unpack(window, 0)[0]
-                if 8 + length > len(window):  # one string longer than a window
-                    window = self._read(offset, min(8 + length, end - offset))
-            text_end = at + 8 + unpack(window, at)[0]
-            yield window[at + 8 : text_end].decode("utf-8", "replace")
-            at = text_end
+        size, left = 1 << 16, self.count
+        while left:
+            window, at = self._read(offset, min(size, end - offset)), 0
+            size = min(4 * size, MAX_READ_BYTES)
+            length = unpack(window, 0)[0]
+            if 8 + length > len(window):  # one string longer than a window
+                window = self._read(offset, min(8 + length, end - offset))
+            last = len(window) - 8
+            while left and at <= last and (text_end := at + 8 + unpack(window, at)[0]) <= len(window):
+                yield str(window[at + 8 : text_end], "utf-8", "replace")
+                at = text_end
+                left -= 1
+            offset += at
 
 
 @dataclass(frozen=True)

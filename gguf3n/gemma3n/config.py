@@ -81,20 +81,6 @@ class Config:
     def is_kv_shared(self, bid: int) -> bool:
         return bid >= self.n_kv_layers
 
-    def concerns(self) -> list[str]:
-        """Why llama.cpp would not run this model right, one sentence each; empty for every published size."""
-        found = [
-            f"llama.cpp has {key} = {fixed} built in for Gemma 3n; this config has {getattr(self, key)}"
-            for key, fixed in LLAMA_CPP_FIXED
-            if getattr(self, key) != fixed
-        ]
-        if len(set(self.intermediate_size)) > 1:
-            found.append(
-                "llama.cpp loads only one FFN width for all layers; this config has "
-                + ", ".join(map(str, sorted(set(self.intermediate_size))))
-            )
-        return found
-
 
 @dataclass(frozen=True)
 class Field:

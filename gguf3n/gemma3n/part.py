@@ -68,15 +68,13 @@ def _of_checkpoint(source: Checkpoint) -> Part:
     config = source.config
     mapping = map_tensors(text.table(config), source.tensors, source.origin)
     vocabulary = source.vocabulary
-    notices = [*source.notices, *config.concerns()]
+    notices = [*source.notices, *vocabulary.notices]
     notices += [f"left out {count} source tensors: {reason}" for reason, count in mapping.dropped]
     if synthesized := mapping.synthesized:
         notices.append(
             f"zeros for {len(synthesized)} tensors that the checkpoint lacks ({synthesized[0]} …): keys and values "
             "of KV-shared layers, which llama.cpp loads but never evaluates"
         )
-    if "default" not in vocabulary.chat_templates:
-        notices.append("the checkpoint has no chat template; chat programs will fall back to one of their own")
     keys = (
         *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights),
         *text.model_keys(config),

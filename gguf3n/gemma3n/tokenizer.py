@@ -43,6 +43,9 @@ CONTROL_LOOKING = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*
 GEMMA_SPECIAL = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
 """Where no file gives an id. Why: a tokenizer.model may name begin and end as sentencepiece does (<s>, </s>)."""
 
+CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+"""Tokens of every Gemma that are read as one only where they are typed as control (or user-defined) tokens."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -59,13 +62,17 @@ class Vocabulary:
     """By name; "default" is the model's."""
     origin: str
     """The file the pieces came from."""
+    notices: tuple[str, ...] = ()
+    """What is written otherwise than the files have it."""
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """By id: text, score, type. Ids beyond the text tokens may have gaps."""
+    """By id: text, None where there is no piece, score and type. Ids beyond the text tokens may have gaps."""
 
-    by_id: dict[int, tuple[str, float, TokenType]]
+    texts: list[str | None]
+    scores: list[float]
+    types: list[TokenType]
     special_ids: dict[str, int]
 
 
@@ -76,25 +83,24 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     """
     spm_path, json_path = directory / "tokenizer.model", directory / "tokenizer.json"
     if is_there(spm_path, TokenizerError):
-        origin, pieces = spm_path, _from_sentencepiece(spm_path)
+        origin, pieces = spm_path, _from_sentencepiece(spm_path, config)
     elif is_there(json_path, TokenizerError):
-        origin, pieces = json_path, _from_tokenizer_json(json_path, read_checkpoint_json(json_path))
+        origin, pieces = json_path, _from_tokenizer_json(json_path, read_checkpoint_json(json_path), config)
     else:
         raise TokenizerError(
             f"{directory}: no tokenizer",
             expected="tokenizer.model or tokenizer.json",
             fix="copy the tokenizer files of the base model into the checkpoint",
         )
-    if (largest := max(pieces.by_id, default=0)) >= config.vocab_size:
-        raise _misfit(origin, config, f"a piece with id {largest:,}")
-    if config.vocab_size > MAX_TOKENS_PER_PIECE * len(pieces.by_id):
-        raise _misfit(origin, config, f"{len(pieces.by_id):,} pieces")
-    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
-    scores = [UNUSED_SCORE] * config.vocab_size
-    types = [TokenType.UNUSED] * config.vocab_size
-    for i, (token, score, kind) in pieces.by_id.items():
-        tokens[i], scores[i], types[i] = token, score, kind
-    user_defined = [(i, text, False) for i, (text, _, kind) in pieces.by_id.items() if kind is TokenType.USER_DEFINED]
+    n_without = config.vocab_size - len(pieces.texts)
+    unnamed = [i for i, text in enumerate(pieces.texts) if text is None]
+    unnamed += range(len(pieces.texts), config.vocab_size)
+    tokens = [text or "" for text in pieces.texts] + [""] * n_without
+    for i in unnamed:
+        tokens[i] = f"[PAD{i}]"
+    scores = pieces.scores + [UNUSED_SCORE] * n_without
+    types = pieces.types + [TokenType.UNUSED] * n_without
+    user_defined = [(i, tokens[i], False) for i, kind in enumerate(types) if kind is TokenType.USER_DEFINED]
     for token_id, text, special in user_defined + _added_tokens(directory):
         if not 0 <= token_id < config.vocab_size:
             raise _misfit(directory, config, f"added token {text!r} with id {token_id}")
@@ -102,14 +108,28 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
         types[token_id] = TokenType.CONTROL if control else TokenType.USER_DEFINED
         tokens[token_id] = text if control else text.replace("▁", " ")
         scores[token_id] = ADDED_SCORE
-    text_ids = range(config.vocab_size_per_layer_input)
-    if unnamed := [i for i in text_ids if i not in pieces.by_id and types[i] is TokenType.UNUSED]:
-        raise _misfit(origin, config, f"no piece for {len(unnamed):,} ids, the first {unnamed[0]}")
+    n_text = config.vocab_size_per_layer_input
+    if lost := [i for i in unnamed if i < n_text and types[i] is TokenType.UNUSED]:
+        raise _misfit(origin, config, f"no piece for {len(lost):,} ids, the first {lost[0]}")
+    ids = {text: tokens.index(text) for text in CONTROL_TOKENS if text in tokens}
+    unmarked = [text for text, token_id in ids.items() if types[token_id] is TokenType.NORMAL]
+    for text in unmarked:
+        types[ids[text]], scores[ids[text]] = TokenType.CONTROL, ADDED_SCORE
+    notices = [f"{origin}: {', '.join(unmarked)} are written as control tokens, which no file says"] if unmarked else []
     special_ids, add_tokens, templates = _special(directory, config)
-    ids = {text: i for i, text in enumerate(tokens) if types[i] is TokenType.CONTROL}
-    by_text = {role: ids[text] for role, text in GEMMA_SPECIAL.items() if text in ids}
+    by_text = {
+        role: ids[text] for role, text in GEMMA_SPECIAL.items() if text in ids and types[ids[text]] is TokenType.CONTROL
+    }
     special_ids = {**by_text, **pieces.special_ids, **special_ids}
-    return Vocabulary(tokens, scores, types, special_ids, add_tokens, templates, str(origin))
+    return Vocabulary(tokens, scores, types, special_ids, add_tokens, templates, str(origin), tuple(notices))
+
+
+def _check_size(path: Path, config: Config, n_ids: int, n_pieces: int) -> None:
+    """Hold a vocabulary's size against config.json, before room is made for it. Raises: TokenizerError."""
+    if n_ids > config.vocab_size:
+        raise _misfit(path, config, f"a piece with id {n_ids - 1:,}")
+    if config.vocab_size > MAX_TOKENS_PER_PIECE * n_pieces:
+        raise _misfit(path, config, f"{n_pieces:,} pieces")
 
 
 def _misfit(path: Path, config: Config, found: str) -> TokenizerError:
@@ -138,20 +158,21 @@ def load_sentencepiece(path: Path) -> tuple[Any, list[TokenType]]:
     return processor, types
 
 
-def _from_sentencepiece(path: Path) -> _Pieces:
+def _from_sentencepiece(path: Path, config: Config) -> _Pieces:
     processor, types = load_sentencepiece(path)
     ids = list(range(processor.vocab_size()))
+    _check_size(path, config, len(ids), len(ids))
     special = {
         "bos": processor.bos_id(),
         "eos": processor.eos_id(),
         "unk": processor.unk_id(),
         "pad": processor.pad_id(),
     }
-    by_id = dict(zip(ids, zip(processor.IdToPiece(ids), processor.GetScore(ids), types, strict=True), strict=True))
-    return _Pieces(by_id, {role: i for role, i in special.items() if i >= 0})
+    present = {role: i for role, i in special.items() if i >= 0}
+    return _Pieces(processor.IdToPiece(ids), processor.GetScore(ids), types, present)
 
 
-def _from_tokenizer_json(path: Path, raw: dict[str, Any]) -> _Pieces:
+def _from_tokenizer_json(path: Path, raw: dict[str, Any], config: Config) -> _Pieces:
     """The same pieces, scores and types as tokenizer.model.
 
     Why: a piece's score matters only against other scores; ranks of merges give their order, ids their values.
@@ -177,12 +198,18 @@ def _from_tokenizer_json(path: Path, raw: dict[str, Any]) -> _Pieces:
             expected="a BPE model with byte fallback",
             found=f"{architecture}, byte_fallback {model.get('byte_fallback')}",
         )
-    scores = dict(zip(by_rank, sorted(by_rank), strict=True))
-    by_id = {}
-    for i, piece in pieces.items():
-        kind = TokenType.BYTE if BYTE_PIECE.fullmatch(piece) else TokenType.NORMAL
-        by_id[i] = (piece, -float(scores.get(i, i)), TokenType.UNKNOWN if i == unknown else kind)
-    return _Pieces(by_id, {"unk": unknown} if unknown is not None else {})
+    n_ids = max(pieces) + 1
+    _check_size(path, config, n_ids, len(pieces))
+    ranks = dict(zip(by_rank, sorted(by_rank), strict=True))
+    texts = [pieces.get(i) for i in range(n_ids)]
+    scores = [UNUSED_SCORE if text is None else -float(ranks.get(i, i)) for i, text in enumerate(texts)]
+    types = [
+        TokenType.UNUSED if text is None else TokenType.BYTE if BYTE_PIECE.fullmatch(text) else TokenType.NORMAL
+        for text in texts
+    ]
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
+    return _Pieces(texts, scores, types, {"unk": unknown} if unknown is not None else {})
 
 
 def _added_tokens(directory: Path) -> list[tuple[int, str, bool]]:

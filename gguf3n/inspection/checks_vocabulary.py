@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 from gguf.constants import Keys, TokenType
 
+from gguf3n.gemma3n.tokenizer import CONTROL_TOKENS
 from gguf3n.inspection.found import Found, absent, named, said
 from gguf3n.inspection.subject import Subject
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 END_OF_TURN = "<end_of_turn>"
-CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", END_OF_TURN)
-"""Tokens of every Gemma that are read as one only where they are typed as control (or user-defined) tokens."""
 
 SPECIAL_IDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (Keys.Tokenizer.BOS_ID, ("<bos>",)),

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from gguf3n.errors import GGUFError
-from gguf3n.formats.byte_source import is_remote
-from gguf3n.formats.gguf_reader import GGUFFile, open_gguf
+from gguf3n.formats.byte_source import HeaderInMemory, is_remote
+from gguf3n.formats.gguf_reader import GGUFFile, open_gguf, read_header
 from gguf3n.inspection import checks_data as data
 from gguf3n.inspection import checks_layout as layout
 from gguf3n.inspection import checks_model as model
@@ -80,6 +80,12 @@ class Finding:
     where: str
     what: str
     found: str
+
+    @property
+    def notice(self) -> str:
+        """One line for whoever writes such a file: what is wrong, what it means, what mends it if anything does."""
+        fix = "" if self.check.fix == AGAIN else f". To do: {self.check.fix}"
+        return f"{self.found}: {self.check.meaning}{fix}"
 
     def as_dict(self) -> dict[str, str]:
         """With its check's row of the table."""
@@ -247,11 +253,27 @@ def unreadable(name: str, error: GGUFError) -> Report:
 
 def lint_file(gguf: GGUFFile, *, with_data: bool = False, progress: OnProgress | None = None) -> Report:
     """Check a file that is open, as `open_gguf(..., strict=False)` gives it."""
-    subject = Subject(gguf, progress)
+    return _lint(Subject(gguf, progress), with_data=with_data)
+
+
+def _lint(subject: Subject, *, with_data: bool = False) -> Report:
     groups, skipped = _groups(subject, with_data=with_data)
     checks = [check for check in CHECKS if check.group in groups]
     findings = [finding for check in checks for finding in islice(check.findings(subject), MAX_FINDINGS)]
-    return Report(gguf.name, tuple(findings), len(checks), skipped)
+    return Report(subject.gguf.name, tuple(findings), len(checks), skipped)
+
+
+def lint_headers(headers: Sequence[HeaderInMemory]) -> Iterator[tuple[Finding, ...]]:
+    """The errors and warnings of files that are not written yet; their data is not looked at.
+
+    Args:
+        headers: of files with one vocabulary, as those of several quantizations are.
+    """
+    first: Subject | None = None
+    for header in headers:
+        subject = Subject(read_header(header, strict=False), like=first)
+        first = first or subject
+        yield tuple(found for found in _lint(subject).findings if found.check.severity is not Severity.NOTE)
 
 
 def _groups(subject: Subject, *, with_data: bool) -> tuple[Collection[Group], str | None]:

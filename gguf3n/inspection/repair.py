@@ -21,7 +21,7 @@ from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
 from gguf3n.formats.gguf_reader import MAX_STRINGS, GGUFArray, GGUFFile, GGUFKey, open_part
 from gguf3n.gemma3n.mapping import MAX_GROWTH, Storage
 from gguf3n.gemma3n.text import ARCH
-from gguf3n.gemma3n.tokenizer import BYTE_PIECE, UNUSED_SCORE
+from gguf3n.gemma3n.tokenizer import BYTE_PIECE, CONTROL_TOKENS, UNUSED_SCORE
 from gguf3n.inspection import checks_model as model
 from gguf3n.inspection import checks_vocabulary as vocabulary
 from gguf3n.inspection.lint import Finding, Report, Severity, lint_file
@@ -411,7 +411,7 @@ FIXES: Mapping[str, Fixer] = {
     "token-scores": _scores,
     "token-types": _types,
     "byte-type": _retype_tokens(vocabulary.BYTE_TOKENS, (TokenType.BYTE,)),
-    "control-type": _retype_tokens(vocabulary.CONTROL_TOKENS, (TokenType.CONTROL, TokenType.USER_DEFINED)),
+    "control-type": _retype_tokens(CONTROL_TOKENS, (TokenType.CONTROL, TokenType.USER_DEFINED)),
     "special-id": _special_ids,
     "no-bos": _flag(Keys.Tokenizer.ADD_BOS, True),
     "two-bos": _one_bos,

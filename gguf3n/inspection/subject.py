@@ -78,11 +78,13 @@ class Subject:
 
     Args:
         progress: told while `data` is read.
+        like: a file that is known to have the same vocabulary, which is then read once.
     """
 
-    def __init__(self, gguf: GGUFFile, progress: OnProgress | None = None) -> None:
+    def __init__(self, gguf: GGUFFile, progress: OnProgress | None = None, like: Subject | None = None) -> None:
         self.gguf = gguf
         self._progress = progress
+        self._like = like
 
     @cached_property
     def architecture(self) -> str | None:
@@ -195,6 +197,8 @@ class Subject:
 
     @cached_property
     def tokens(self) -> Sequence[str]:
+        if self._like is not None:
+            return self._like.tokens
         array = self.array(Keys.Tokenizer.LIST)
         if array is None or array.element_type is not GGUFValueType.STRING:
             return ()
@@ -203,10 +207,9 @@ class Subject:
     @cached_property
     def token_ids(self) -> dict[str, int]:
         """Id by text; of texts that stand twice, the first."""
-        ids: dict[str, int] = {}
-        for i, text in enumerate(self.tokens):
-            ids.setdefault(text, i)
-        return ids
+        if self._like is not None:
+            return self._like.token_ids
+        return dict(zip(reversed(self.tokens), range(len(self.tokens) - 1, -1, -1), strict=True))
 
     @cached_property
     def scores(self) -> NDArray[Any] | None:

@@ -330,18 +330,3 @@ def test_no_key_is_written_twice_and_every_value_fits_its_type(tmp_path: Path) -
     keys = part_of(micro.make(tmp_path / "mine", readme=CARD)).keys
     assert len({key.name for key in keys}) == len(keys)
     assert struct.unpack("<Q", lay_out(keys, []).header[16:24]) == (len(keys),)
-
-
-def test_a_notice_where_there_is_no_chat_template(tmp_path: Path) -> None:
-    directory = micro.make(tmp_path / "mine")
-    with_template = part_of(directory).notices
-    (directory / "chat_template.jinja").unlink()
-    without = part_of(directory).notices
-    assert [notice for notice in without if notice not in with_template] == [
-        "the checkpoint has no chat template; chat programs will fall back to one of their own"
-    ]
-
-
-def test_notices_of_what_llama_cpp_has_built_in(tmp_path: Path) -> None:
-    notices = part_of(micro.make(tmp_path / "mine")).notices
-    assert [notice for notice in notices if "n_kv_layers = 20 built in" in notice]
