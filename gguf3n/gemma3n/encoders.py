@@ -131,7 +131,9 @@ def _section(raw: Mapping[str, Any], name: str, model_type: str, path: Path) -> 
         raise ConfigError(f"{path}: {name} is not an object", found=type(section).__name__)
     found = section.get("model_type", model_type)
     if found != model_type:
-        raise ConfigError(f"{path}: {name} is of another model", expected=f"model_type {model_type}", found=shown(found))
+        raise ConfigError(
+            f"{path}: {name} is of another model", expected=f"model_type {model_type}", found=shown(found)
+        )
     return section
 
 

@@ -80,7 +80,12 @@ AUDIO_RULES: tuple[Rule, ...] = (
         Rule(f"audio_tower.subsample_conv_projection.conv_{i}.{source}.weight", f"a.conv1d.{i}.{target}", shape, kind)
         for i in (0, 1)
         for source, target, shape, kind in (
-            ("conv", "weight", (f"channels_{i}", f"inputs_{i}", f"rows_{i}", f"columns_{i}"), Storage.AUDIO_CONVOLUTION),
+            (
+                "conv",
+                "weight",
+                (f"channels_{i}", f"inputs_{i}", f"rows_{i}", f"columns_{i}"),
+                Storage.AUDIO_CONVOLUTION,
+            ),
             ("norm", "norm.weight", (f"channels_{i}",), N),
         )
     ),
@@ -184,7 +189,7 @@ def written_order(tower: Tower | None, n_audio_layers: int | None) -> tuple[tupl
 
 
 def encoder_of(name: str) -> str:
-    """"vision" or "audio": which encoder a tensor of a GGUF file belongs to."""
+    """ "vision" or "audio": which encoder a tensor of a GGUF file belongs to."""
     return "audio" if name.startswith(("a.", "mm.a.")) else "vision"
 
 
@@ -197,7 +202,9 @@ def order_of_names(shapes: Mapping[str, Shape], origin: str) -> tuple[tuple[Rule
     tower = {name.removeprefix("v."): shape for name, shape in vision.items()}
     layers = [int(match[1]) for name in shapes if (match := re.match(r"a\.blk\.(\d{1,3})\.", name))]
     has_audio = len(vision) < len(shapes)
-    return written_order(read_tower(tower, origin) if vision else None, max(layers, default=-1) + 1 if has_audio else None)
+    return written_order(
+        read_tower(tower, origin) if vision else None, max(layers, default=-1) + 1 if has_audio else None
+    )
 
 
 def shape_from_gguf(rule: Rule, tensor: SourceTensor) -> Shape:

@@ -104,9 +104,7 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
     if isinstance(source, GGUFSource):
         return _mmproj_of_gguf(source, vision=vision, audio=audio)
     assert isinstance(source, Checkpoint), source
-    encoders = read_encoders(
-        source.raw_config, source.path, source.config.hidden_size, vision=vision, audio=audio
-    )
+    encoders = read_encoders(source.raw_config, source.path, source.config.hidden_size, vision=vision, audio=audio)
     mapping = map_tensors(mmproj.table(encoders, source.tensors, source.origin), source.tensors, source.origin)
     notices = [*source.notices, *mmproj.concerns(encoders)]
     notices += [

@@ -42,6 +42,13 @@ UNEVALUATED_SUBSTITUTE = QType.Q2_K
 """# Why: of the types that need no importances, the smallest that every engine and GPU backend has."""
 
 
+class For(enum.Enum):
+    """The file that a recipe is for."""
+
+    TEXT = "text"
+    MMPROJ = "mmproj"
+
+
 class Keep(enum.Enum):
     """The type of the matrices that are never quantized."""
 
@@ -146,6 +153,7 @@ class Recipe:
         summary: one line of advice.
         note: what else a user should know, such as that it is a reconstruction.
         overrides: rules of the command line.
+        part: the file that it is for.
     """
 
     name: str
@@ -160,6 +168,7 @@ class Recipe:
     summary: str = ""
     note: str = ""
     overrides: tuple[Rule, ...] = ()
+    part: For = For.TEXT
 
     def resolve(self, tensor: Tensor) -> Decision:
         """The type of a tensor that may be quantized.

@@ -4,6 +4,7 @@ inherit = "Q4_K_M"            # what this file does not say is taken from there;
 name = "mine"                 # else the file's name
 summary = "one line"
 note = "what else to know"
+for = "text"                  # or "mmproj": the vision and audio encoders
 ftype = "Q4_K_M"              # general.file_type; else guessed from the type
 type = "Q4_K"                 # of every matrix that no rule decides
 token_embd = "Q6_K"           # of the token embeddings, where no rule decides
@@ -37,7 +38,7 @@ from gguf3n.errors import UsageError, shown
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
-from gguf3n.recipes.model import Keep, Rule
+from gguf3n.recipes.model import For, Keep, Rule
 from gguf3n.recipes.regexes import check_regex
 
 if sys.version_info >= (3, 11):
@@ -150,6 +151,7 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "unevaluated": (_unevaluated, f'"{RULES}", or {A_TYPE}'),
     "keep": (Keep, ", ".join(keep.value for keep in Keep)),
     "n_layers": (_positive, "a number of layers"),
+    "for": (For, " or ".join(f'"{part.value}"' for part in For)),
 }
 """Keys at the top of a file and in a variant: parser, what it takes."""
 
