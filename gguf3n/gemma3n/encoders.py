@@ -202,10 +202,10 @@ def _audio(section: Mapping[str, Any], path: Path) -> Audio:
                 return tuple(map(tuple, value))
         raise ConfigError(f"{path}: audio_config.{name} is impossible", expected=str(default), found=shown(value))
 
-    numbers = {
+    numbers: dict[str, Any] = {
         name: int(_number(section, name, default, path)) for name, default in AUDIO.items() if type(default) is int
     }
-    pairs = {name: pair(name) for name, default in AUDIO.items() if type(default) is tuple}
+    pairs: dict[str, Any] = {name: pair(name) for name, default in AUDIO.items() if type(default) is tuple}
     if numbers["conf_num_hidden_layers"] > MAX_LAYERS:
         found = str(numbers["conf_num_hidden_layers"])
         raise ConfigError(f"{path}: too many conformer layers", expected=f"at most {MAX_LAYERS}", found=found)

@@ -39,8 +39,8 @@ REQUIRED_TENSORS = (INPUT_PROJECTION, SOFT_NORM)
 """What llama.cpp does not load the file without. Source: clip.cpp, load_tensors; all others are optional there, and the
 image is nonsense without them."""
 
-F, Q = Storage.FLOAT32, Storage.QUANTIZABLE
-N, C, D = Storage.NORM, Storage.CONVOLUTION, Storage.DEPTHWISE
+Q, N, A = Storage.QUANTIZABLE, Storage.NORM, Storage.AUDIO_CONVOLUTION
+C, D = Storage.CONVOLUTION, Storage.DEPTHWISE
 
 RUNS: Mapping[Storage, tuple[tuple[QType, ...], str]] = {
     Storage.CONVOLUTION: (
@@ -49,8 +49,8 @@ RUNS: Mapping[Storage, tuple[tuple[QType, ...], str]] = {
     ),
     Storage.DEPTHWISE: (
         (QType.F16, QType.BF16),
-        "llama.cpp aborts while it loads: its depthwise convolution makes an F16 copy of the image unless the kernel is "
-        "BF16, and multiplies that by an F16 or BF16 kernel only",
+        "llama.cpp aborts while it loads: its depthwise convolution rounds the image to F16 unless the kernel is BF16, "
+        "and multiplies no other kernel by that",
     ),
 }
 """The types that llama.cpp runs, and what it does with others. # measured: tests/gemma3n/test_mmproj_llama_cpp.py
@@ -84,7 +84,7 @@ AUDIO_RULES: tuple[Rule, ...] = (
                 "conv",
                 "weight",
                 (f"channels_{i}", f"inputs_{i}", f"rows_{i}", f"columns_{i}"),
-                Storage.AUDIO_CONVOLUTION,
+                A,
             ),
             ("norm", "norm.weight", (f"channels_{i}",), N),
         )
@@ -113,7 +113,7 @@ AUDIO_RULES: tuple[Rule, ...] = (
     _layer("ffw_layer_start.pre_layer_norm.weight", "ffn_norm.weight", ("audio",), N),
     # ggml quirk: the names of these two norms are swapped in llama.cpp's table
     _layer("lconv1d.conv_norm.weight", "norm_conv.weight", ("audio",), N),
-    _layer("lconv1d.depthwise_conv1d.weight", "conv_dw.weight", ("audio", "1", "kernel"), Storage.AUDIO_CONVOLUTION),
+    _layer("lconv1d.depthwise_conv1d.weight", "conv_dw.weight", ("audio", "1", "kernel"), A),
     _layer("lconv1d.linear_end.weight", "conv_pw2.weight", ("audio", "audio"), Q),
     _layer("lconv1d.linear_start.weight", "conv_pw1.weight", ("twice", "audio"), Q),
     _layer("lconv1d.pre_layer_norm.weight", "conv_norm.weight", ("audio",), N),

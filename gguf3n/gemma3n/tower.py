@@ -194,7 +194,7 @@ def read_tower(shapes: Mapping[str, Shape], origin: str) -> Tower:
             raise MappingError(
                 f"{origin}: block {stage}.{missing} of the vision tower is missing",
                 expected=f"{N_STAGES} stages of blocks without gaps: llama.cpp stops counting at the first",
-                found=f"stage {stage} with block{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers)) or '-'}",
+                found=f"blocks of stage {stage}: {', '.join(map(str, numbers)) or 'none'}",
             )
         stages.append(tuple(_block(blocks[stage, number], f"{stage}.{number}", origin) for number in numbers))
     _check_widths(stages, origin)
@@ -210,15 +210,15 @@ def _block(shapes: Mapping[str, Shape], place: str, origin: str) -> Block:
     if "conv_exp.weight" in shapes:
         n_mid, n_in, _, size = _sizes(shapes, "conv_exp.weight", where)
         found: Block = Edge(n_in, n_mid, _sizes(shapes, "conv_pwl.weight", where)[0], size)
-        kernels = (size,)
+        kernels: tuple[int, ...] = (size,)
     elif "pw_exp.conv.weight" in shapes:
         n_mid, n_in = _sizes(shapes, "pw_exp.conv.weight", where)[:2]
-        kernels = (kernel("dw_start.conv.weight"), kernel("dw_mid.conv.weight"))
-        found = Inverted(n_in, n_mid, _sizes(shapes, "pw_proj.conv.weight", where)[0], *kernels)
+        start, mid = kernels = kernel("dw_start.conv.weight"), kernel("dw_mid.conv.weight")
+        found = Inverted(n_in, n_mid, _sizes(shapes, "pw_proj.conv.weight", where)[0], start, mid)
     elif "attn.query.proj.weight" in shapes:
         n_query, n_in = _sizes(shapes, "attn.query.proj.weight", where)[:2]
         kernels = (kernel("attn.key.down_conv.weight"),)
-        found = Attention(n_in, n_query, _sizes(shapes, "attn.key.proj.weight", where)[0], *kernels)
+        found = Attention(n_in, n_query, _sizes(shapes, "attn.key.proj.weight", where)[0], kernels[0])
         if n_query % found.n_key:
             expected = f"heads of {found.n_key}, as the keys have"
             raise MappingError(f"{where}: {n_query} queries", expected=expected)
