@@ -27,7 +27,10 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 MAX_IMAGE_SIZE = 8192
 """Source: clip.cpp refuses more."""
-MAX_PATCH_SIZE = 1 << 16
+IMAGE_UNIT = 256
+"""What an image's side is a multiple of: the tower makes a sixteenth of it, and means of that on 16 x 16 places."""
+N_IMAGE_TOKENS = 256
+"""The 16 x 16 places: built into transformers' processor and llama.cpp's graph."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ AUDIO: Mapping[str, Any] = {
 }
 """The same of audio_config."""
 
-PROCESSOR: Mapping[str, int] = {"image_size": 768, "image_seq_length": 256}
+PROCESSOR: Mapping[str, int] = {"image_size": 768, "image_seq_length": N_IMAGE_TOKENS}
 
 
 def read_encoders(raw: Mapping[str, Any], directory: Path, text_width: int, *, vision: bool, audio: bool) -> Encoders:
@@ -146,12 +149,11 @@ def _vision(section: Mapping[str, Any], directory: Path) -> Vision:
             f"{config}: another vision tower than Gemma 3n's", expected=ARCHITECTURE, found=shown(architecture)
         )
     image_size, n_tokens, path = _processor(directory)
-    patch_size = image_size // n_tokens
-    if not (patch_size and patch_size < MAX_PATCH_SIZE and image_size <= MAX_IMAGE_SIZE):
+    if image_size % IMAGE_UNIT or image_size > MAX_IMAGE_SIZE or n_tokens != N_IMAGE_TOKENS:
         raise ConfigError(
-            f"{path}: an image size that llama.cpp can't use",
-            expected=f"{n_tokens} to {MAX_IMAGE_SIZE} pixels, for image_seq_length {n_tokens}",
-            found=str(image_size),
+            f"{path}: images that llama.cpp can't take",
+            expected=f"a size that is a multiple of {IMAGE_UNIT}, up to {MAX_IMAGE_SIZE}, for {N_IMAGE_TOKENS} tokens",
+            found=f"size {image_size}, image_seq_length {n_tokens}",
         )
     return Vision(
         hidden_size=int(values["hidden_size"]),
@@ -160,7 +162,7 @@ def _vision(section: Mapping[str, Any], directory: Path) -> Vision:
         num_attention_heads=int(values["num_attention_heads"]),
         layer_norm_eps=values["layer_norm_eps"],
         image_size=image_size,
-        patch_size=patch_size,
+        patch_size=image_size // n_tokens,
     )
 
 

@@ -212,15 +212,20 @@ def shape_from_gguf(rule: Rule, tensor: SourceTensor) -> Shape:
 
     Raises: MappingError for another shape than the vision tower's.
     """
-    if not all(word.isdecimal() for word in rule.shape):
+    shapes = known_shapes(rule)
+    if not shapes:
         return tensor.shape
-    shape = tuple(map(int, rule.shape))
-    written = tuple(map(int, rule.written)) or shape
-    if tensor.shape not in (shape, written):
-        raise MappingError(
-            f"{tensor.origin} has the wrong shape", expected=str(list(written)), found=str(list(tensor.shape))
-        )
-    return written
+    if tensor.shape not in shapes:
+        expected = str(list(shapes[0]))
+        raise MappingError(f"{tensor.origin} has the wrong shape", expected=expected, found=str(list(tensor.shape)))
+    return shapes[0]
+
+
+def known_shapes(rule: Rule) -> tuple[Shape, ...]:
+    """The shape that is written and the checkpoint's, of a tensor of the vision tower; none of others."""
+    if not all(word.isdecimal() for word in rule.shape):
+        return ()
+    return tuple(tuple(map(int, words)) for words in (rule.written or rule.shape, rule.shape))
 
 
 def _text_names() -> str:
