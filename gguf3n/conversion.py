@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from gguf3n.formats.whole_file import check_output, check_space, make_directory
 from gguf3n.gemma3n.gguf_types import types_by_storage
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
-from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
 from gguf3n.gemma3n.source import GGUFSource, Source, open_gguf_source, open_source
 from gguf3n.pipeline import run
 from gguf3n.planning import Plan, linted, make_plan
 from gguf3n.progress import OnProgress
-from gguf3n.recipes import Keep, Recipe, extract_recipe, find_recipe, override
+from gguf3n.recipes import For, Keep, Recipe, extract_recipe, find_recipe, override
+
+PART_KINDS = {For.TEXT: PartKind.TEXT, For.MMPROJ: PartKind.MMPROJ}
+ENCODER_PATTERN = re.compile(r"(?:re:)?(?:v|a|mm)\\?\.")
+"""How a --tensor-type begins that is for the mmproj file, where both files are written."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,29 @@ class Conversion:
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What is wanted of a conversion, checked before a source is fetched or read; see `parse_options`."""
+    """What is wanted of a conversion, checked before a source is fetched or read; see `parse_options`.
+
+    `recipes` are those of the text model's files and then of the mmproj files.
+    """
 
     recipes: tuple[Recipe, ...]
     output: Path | None = None
     imatrix: ImportanceMatrix | None = None
     threads: int | None = None
     force: bool = False
+    vision: bool = True
+    audio: bool = True
+    force_types: bool = False
 
 
 def parse_options(
-    quants: str | Recipe | Sequence[str | Recipe],
+    quants: str | Recipe | Sequence[str | Recipe] = (),
     output: str | Path | None = None,
     *,
+    mmproj: str | Recipe | Sequence[str | Recipe] = (),
+    vision: bool = True,
+    audio: bool = True,
+    force_types: bool = False,
     like: Sequence[str] = (),
     ple: str | None = None,
     token_embd: str | None = None,
@@ -63,12 +78,17 @@ def parse_options(
     """The options of a command line or a call as one checked value.
 
     Args:
-        quants: one quantization or several: a name such as "Q8_0", a recipe file ending in .toml, or a Recipe.
+        quants: one quantization or several: a name such as "Q8_0", a recipe file ending in .toml, or a Recipe. None
+            where only the mmproj file is wanted.
         output: a file name ending in .gguf (for one quantization), a directory, or None for NAME-TYPE.gguf here.
+        mmproj: the same of the mmproj file with the vision and audio encoders; none is written without.
+        vision, audio: which of the encoders to write.
+        force_types: write types of the encoders that llama.cpp aborts on.
         like: GGUF files whose types are wanted too, tensor by tensor: paths, https URLs or org/repo:QUANT.
         ple: type of the per-layer embedding table, if not the quantization's own.
         token_embd: type of the token embedding table, likewise.
-        tensor_types: as in "blk.*.attn_v.weight=Q8_0"; the first that matches decides.
+        tensor_types: as in "blk.*.attn_v.weight=Q8_0"; the first that matches decides. Patterns that begin with v., a.
+            or mm. are for the mmproj file.
         keep: "f16" or "bf16", type of the matrices that are never quantized.
         imatrix: an importance matrix of llama-imatrix, either form.
         threads: workers; by default two more than there are processors. Bytes do not depend on it.
@@ -77,22 +97,44 @@ def parse_options(
     Raises: UsageError for names or options that can't be used; GGUFError, HubError for a file to be like; GGUFError for
         the importance matrix.
     """
-    named = [quants] if isinstance(quants, str | Recipe) else list(quants)
-    recipes = [find_recipe(quant) if isinstance(quant, str) else quant for quant in named]
-    recipes += map(read_recipe, like)
-    if not recipes:
+    texts = [*_recipes(quants, For.TEXT), *map(read_recipe, like)]
+    encoders = _recipes(mmproj, For.MMPROJ)
+    if not texts and not encoders:
         raise UsageError(
             "no quantization named",
             expected="one or more, such as Q8_0, or a file to be like",
-            fix="add --quant NAME or --like FILE",
+            fix="add --quant NAME or --like FILE, or --mmproj NAME for the vision and audio encoders",
         )
-    recipes = [
-        override(recipe, ple=ple, token_embd=token_embd, tensor_types=tensor_types, keep=keep) for recipe in recipes
-    ]
+    for_text = {"--ple": ple, "--token-embd": token_embd, "--keep": keep, "--imatrix": imatrix}
+    for_encoders = {"--no-vision": not vision, "--no-audio": not audio, "--force-types": force_types}
+    _check_needed(for_text, texts, "--quant")
+    _check_needed(for_encoders, encoders, "--mmproj")
+    of_encoders = [rule for rule in tensor_types if not texts or ENCODER_PATTERN.match(rule)]
+    of_text = [rule for rule in tensor_types if rule not in of_encoders]
+    _check_needed({f"--tensor-type {rule}": True for rule in of_encoders}, encoders, "--mmproj")
+    recipes = [override(recipe, ple=ple, token_embd=token_embd, tensor_types=of_text, keep=keep) for recipe in texts]
+    recipes += [override(recipe, tensor_types=of_encoders) for recipe in encoders]
     output = None if output is None else Path(output)
-    output_paths([f"{recipe.name}.gguf" for recipe in recipes], output)
+    output_paths([PART_KINDS[recipe.part].value.format(name="", quant=recipe.name) for recipe in recipes], output)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
-    return ConversionOptions(tuple(recipes), output, matrix, threads, force)
+    return ConversionOptions(tuple(recipes), output, matrix, threads, force, vision, audio, force_types)
+
+
+def _recipes(named: str | Recipe | Sequence[str | Recipe], part: For) -> list[Recipe]:
+    """Recipes for one of the files. Raises: UsageError for one that is unknown or for the other."""
+    each = [named] if isinstance(named, str | Recipe) else list(named)
+    recipes = [find_recipe(name, part) if isinstance(name, str) else name for name in each]
+    for recipe in recipes:
+        if recipe.part is not part:
+            raise UsageError(f"{recipe.name}: a recipe for the {recipe.part.value} file", expected=part.value)
+    return recipes
+
+
+def _check_needed(options: Mapping[str, object], recipes: Sequence[Recipe], option: str) -> None:
+    """Refuse options for a file that is not wanted. Raises: UsageError."""
+    given = [name for name, value in options.items() if value]
+    if given and not recipes:
+        raise UsageError(f"{given[0]} is for a file that is not wanted", fix=f"add {option} NAME, or leave it out")
 
 
 def read_source(
@@ -156,6 +198,8 @@ def plan(
     tensor_types: Sequence[str] = (),
     keep: str | None = None,
     imatrix: str | Path | ImportanceMatrix | None = None,
+    vision: bool = True,
+    audio: bool = True,
 ) -> Plan:
     """What `convert` would write: every tensor's type and why, sizes, metadata.
 
@@ -163,17 +207,38 @@ def plan(
 
     Args:
         source: as for `read_source`, or what it returned.
-        quant, ple, token_embd, tensor_types, keep, imatrix: as for `parse_options`.
+        quant: a name, or a Recipe, also one for the mmproj file, as `find_recipe("F16", For.MMPROJ)` gives it.
         revision: branch, tag or commit of a Hub id.
+        ple and the others: as for `parse_options`.
 
     Raises: UsageError, SourceError or a class below it, HubError, GGUFError and QuantizationError for the importance
         matrix.
     """
+    is_mmproj = isinstance(quant, Recipe) and quant.part is For.MMPROJ
     options = parse_options(
-        quant, ple=ple, token_embd=token_embd, tensor_types=tensor_types, keep=keep, imatrix=imatrix
+        () if is_mmproj else quant,
+        mmproj=quant if is_mmproj else (),
+        vision=vision,
+        audio=audio,
+        ple=ple,
+        token_embd=token_embd,
+        tensor_types=tensor_types,
+        keep=keep,
+        imatrix=imatrix,
     )
     opened = source if isinstance(source, Source) else read_source(source, revision=revision, weights=False)
-    return plan_all(text_part(opened), options.recipes, options.imatrix)[0]
+    return plan_files(opened, options)[0]
+
+
+def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
+    """A plan for each file that is wanted; errors as for `plan`."""
+    texts = [recipe for recipe in options.recipes if recipe.part is For.TEXT]
+    encoders = [recipe for recipe in options.recipes if recipe.part is For.MMPROJ]
+    plans = plan_all(text_part(source), texts, options.imatrix) if texts else []
+    if encoders:
+        part = mmproj_part(source, vision=options.vision, audio=options.audio)
+        plans += linted([make_plan(part, recipe, force_types=options.force_types) for recipe in encoders])
+    return plans
 
 
 def plan_all(part: Part, recipes: Sequence[Recipe], imatrix: ImportanceMatrix | None = None) -> list[Plan]:
@@ -195,10 +260,14 @@ def plan_all(part: Part, recipes: Sequence[Recipe], imatrix: ImportanceMatrix | 
 
 def convert(
     source: str | Path | Source,
-    quants: str | Recipe | Sequence[str | Recipe],
+    quants: str | Recipe | Sequence[str | Recipe] = (),
     output: str | Path | None = None,
     *,
     revision: str | None = None,
+    mmproj: str | Recipe | Sequence[str | Recipe] = (),
+    vision: bool = True,
+    audio: bool = True,
+    force_types: bool = False,
     ple: str | None = None,
     token_embd: str | None = None,
     tensor_types: Sequence[str] = (),
@@ -208,7 +277,7 @@ def convert(
     force: bool = False,
     progress: OnProgress | None = None,
 ) -> list[Conversion]:
-    """Convert a source of Gemma 3n to GGUF files, all from one read of its weights.
+    """Convert a source of Gemma 3n to GGUF files, all from one read of its weights: text model, encoders, or both.
 
     Args:
         source: as for `read_source`, or what it returned.
@@ -222,6 +291,10 @@ def convert(
     options = parse_options(
         quants,
         output,
+        mmproj=mmproj,
+        vision=vision,
+        audio=audio,
+        force_types=force_types,
         ple=ple,
         token_embd=token_embd,
         tensor_types=tensor_types,
@@ -231,7 +304,7 @@ def convert(
         force=force,
     )
     opened = source if isinstance(source, Source) else read_source(source, revision=revision)
-    plans = plan_all(text_part(opened), options.recipes, options.imatrix)
+    plans = plan_files(opened, options)
     return write(plans, options.output, threads=options.threads, force=options.force, progress=progress)
 
 

@@ -9,19 +9,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.errors import QuantizationError
+from gguf3n.errors import QuantizationError, UsageError
 from gguf3n.formats.byte_source import HeaderInMemory
 from gguf3n.formats.ggml_types import GGML_TYPES, Importances
-from gguf3n.formats.gguf_layout import QType, aligned, tensor_bytes
+from gguf3n.formats.gguf_layout import KeyValue, QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
 from gguf3n.gemma3n.config import Config
+from gguf3n.gemma3n.end_of_image import MARK
 from gguf3n.gemma3n.importance import Importance
 from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.metadata import file_keys
-from gguf3n.gemma3n.part import Part
+from gguf3n.gemma3n.mmproj import RUNS
+from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.published import HEADER_BYTES, outline
 from gguf3n.inspection.lint import Finding, lint_headers
-from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, Keep, Recipe, Tensor, check_rules
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, ImageRows, Keep, Recipe, Tensor, check_rules
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,21 @@ class Plan:
 
 
 def make_plan(
-    part: Part, recipe: Recipe, importance: Importance | None = None, unfit_for_f16: Collection[str] = ()
+    part: Part,
+    recipe: Recipe,
+    importance: Importance | None = None,
+    unfit_for_f16: Collection[str] = (),
+    *,
+    force_types: bool = False,
 ) -> Plan:
     """Decide every type and lay out the file.
 
     Args:
         unfit_for_f16: names of tensors that F16 would harm.
+        force_types: allow types that llama.cpp can't run.
 
     Raises: QuantizationError if a type needs an importance matrix and it has no entry for the tensor; UsageError for a
-        rule of the user's that can't be used with this model.
+        rule of the user's that can't be used with this model, or a type that llama.cpp can't run.
     """
     facts = describe_tensors(part.tensors, None if importance is None else importance.quant_weights)
     check_rules(recipe, [fact for fact in facts if fact is not None])
@@ -90,8 +98,10 @@ def make_plan(
                 found="none" if importance is None else f"none in {importance.path}",
                 fix="give one with --imatrix, or choose another type",
             )
+    if not force_types:
+        _check_runs(part.tensors, decisions, recipe)
     layout = lay_out(
-        [*part.keys, *file_keys(recipe.ftype), *(importance.keys if importance is not None else ())],
+        [*_with_file_keys(part, recipe), *(importance.keys if importance is not None else ())],
         [(tensor.name, tensor.shape, decision.qtype) for tensor, decision in zip(part.tensors, decisions, strict=True)],
     )
     return Plan(
@@ -99,7 +109,7 @@ def make_plan(
         recipe,
         layout,
         tuple(
-            PlannedTensor(tensor, slot, decision.reason, decision.rule, weights.get(tensor.name))
+            PlannedTensor(_with_rows(tensor, recipe), slot, decision.reason, decision.rule, weights.get(tensor.name))
             for tensor, slot, decision in zip(part.tensors, layout.slots, decisions, strict=True)
         ),
         (
@@ -118,6 +128,34 @@ def linted(plans: Sequence[Plan]) -> list[Plan]:
     return [replace(plan, findings=found) for plan, found in zip(plans, lint_headers(headers), strict=True)]
 
 
+def _with_rows(tensor: MappedTensor, recipe: Recipe) -> MappedTensor:
+    """A tensor with the rows that the recipe wants where there are two kinds."""
+    wants_plain = recipe.image_rows is ImageRows.LLAMA_CPP and tensor.plain_rows
+    return replace(tensor, rows=tensor.plain_rows) if wants_plain else tensor
+
+
+def _with_file_keys(part: Part, recipe: Recipe) -> list[KeyValue]:
+    """A part's keys with those that say how the file is quantized; of the mmproj file in the converter's order."""
+    version, ftype = file_keys(recipe.ftype)
+    if part.kind is PartKind.TEXT:
+        return [*part.keys, version, ftype]
+    general = [key for key in part.keys if key.name.startswith("general.")]
+    return [*general, ftype, *part.keys[len(general) :], version]
+
+
+def _check_runs(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> None:
+    """Refuse what llama.cpp is known to abort on. Raises: UsageError."""
+    for tensor, decision in zip(tensors, decisions, strict=True):
+        types, why = RUNS.get(tensor.storage, ((), ""))
+        if types and decision.qtype not in types:
+            raise UsageError(
+                f"{recipe.name}: {tensor.name} can't be {decision.qtype.name}: {why}",
+                expected=" or ".join(qtype.name for qtype in types),
+                found=f"{decision.qtype.name} by {decision.rule}",
+                fix="choose another type, or add --force-types if your engine is not llama.cpp",
+            )
+
+
 def describe_tensors(tensors: Sequence[MappedTensor], covered: Container[str] | None = None) -> list[Tensor | None]:
     """What a recipe may ask of each tensor; None for those that are never quantized.
 
@@ -130,7 +168,7 @@ def describe_tensors(tensors: Sequence[MappedTensor], covered: Container[str] | 
     return [
         Tensor(
             tensor.name,
-            tensor.n_per_row,
+            tensor.shape[-1],
             tensor.bid,
             n_layers,
             gqa,
@@ -138,7 +176,7 @@ def describe_tensors(tensors: Sequence[MappedTensor], covered: Container[str] | 
             covered is not None,
             covered is not None and tensor.name in covered,
         )
-        if tensor.storage is Storage.QUANTIZABLE
+        if tensor.storage.by_recipe
         else None
         for tensor in tensors
     ]
@@ -198,7 +236,12 @@ def _keep(tensor: MappedTensor, recipe: Recipe, unfit_for_f16: Collection[str]) 
 
 def _notices(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> list[str]:
     """What a user should know of the types chosen."""
-    notices = []
+    notices = [recipe.note] if recipe.part is For.MMPROJ and recipe.note else []
+    if recipe.image_rows is ImageRows.MODEL and any(tensor.plain_rows for tensor in tensors):
+        notices.append(
+            f"{recipe.name}: the rows of {MARK} are the model's own, so that pictures are read as it reads them; "
+            "llama.cpp's converter writes padding there, as NAME@llama.cpp does"
+        )
     unfit = [
         tensor.name
         for tensor, decision in zip(tensors, decisions, strict=True)

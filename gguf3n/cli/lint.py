@@ -14,7 +14,8 @@ from gguf3n.cli.console import columns, print_json
 from gguf3n.cli.paint import annotate, filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import FindingsError, UsageError
-from gguf3n.inspection.lint import CHECKS, Finding, Group, Report, Severity
+from gguf3n.formats.gguf_reader import open_gguf
+from gguf3n.inspection.lint import CHECKS, Finding, Report, Severity
 from gguf3n.inspection.lint import lint as run_lint
 
 SCHEMA = "gguf3n.lint/1"
@@ -29,6 +30,12 @@ def lint(
     deep: Annotated[bool, typer.Option("--deep", help="Read the tensors too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
     checks: Annotated[bool, typer.Option("--checks", help="Print the table of checks.")] = False,
+    mmproj: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="The mmproj file that the model is to be used with: it, and whether they fit."
+        ),
+    ] = None,
     github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub Actions.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -39,18 +46,27 @@ def lint(
         return
     if file is None:
         raise UsageError("no file", expected="a GGUF file, or --checks")
-    source = file if "://" in file or not os.path.exists(file) else Path(file)
+    reports = []
     with progress_bar(quiet=quiet or not deep) as progress:
-        report = run_lint(source, with_data=deep, progress=progress)
-    failed = report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0)
+        beside = None if mmproj is None else open_gguf(_source(mmproj), strict=False)
+        reports.append(run_lint(_source(file), with_data=deep, progress=progress, beside=beside))
+        if beside is not None:
+            reports.append(run_lint(beside, with_data=deep, progress=progress))
+    failed = [report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0) for report in reports]
     if json:
-        print_json(_as_json(report, ok=not failed))
-    elif github:
-        _print_annotations(report)
-    else:
-        _print_report(report)
-    if failed:
+        result = _as_json(reports[0], ok=not failed[0])
+        print_json(result | {"mmproj": _as_json(reports[1], ok=not failed[1])} if mmproj is not None else result)
+    for report in () if json else reports:
+        if github:
+            _print_annotations(report)
+        else:
+            _print_report(report)
+    if any(failed):
         raise typer.Exit(FindingsError.exit_code)
+
+
+def _source(file: str) -> str | Path:
+    return file if "://" in file or not os.path.exists(file) else Path(file)
 
 
 def _print_report(report: Report) -> None:
@@ -109,7 +125,7 @@ def _print_checks(*, as_json: bool) -> None:
         return
     rows = [(check.id, LABELS[check.severity], check) for check in CHECKS]
     for line, (_, _, check) in zip(columns([row[:2] for row in rows], "<<"), rows, strict=True):
-        data = " (with --deep)" if check.group is Group.DATA else ""
+        data = " (with --deep)" if check.group.reads_data else ""
         say(paint(line, STYLES[check.severity]) + data)
         for text in (check.meaning, f"→ {check.fix}"):
             say(*filled(text, 4))

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from gguf3n.recipes import PLE_TYPES, preset_names
+from gguf3n.recipes import PLE_TYPES, For, preset_names
 from gguf3n.validation.result import Stage
 
 TYPE_NAMES = ", ".join(preset_names())
+MMPROJ_NAMES = ", ".join(preset_names(For.MMPROJ))
 PLE_NAMES = ", ".join(qtype.name for qtype in PLE_TYPES)
 
 Quants = Annotated[
@@ -19,6 +20,19 @@ Quants = Annotated[
         "--quant", "-q", help=f"Quantization: a name or a recipe file; repeat for several files. {TYPE_NAMES}."
     ),
 ]
+Mmproj = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TYPE",
+        help=f"Write the mmproj file, vision and audio, too; without --quant alone. Repeatable. {MMPROJ_NAMES}.",
+    ),
+]
+NoVision = Annotated[bool, typer.Option("--no-vision", help="With --mmproj: leave the vision encoder out.")]
+NoAudio = Annotated[
+    bool,
+    typer.Option("--no-audio", help="With --mmproj: leave the audio encoder out; llama.cpp does not run it."),
+]
+ForceTypes = Annotated[bool, typer.Option("--force-types", help="With --mmproj: write types that llama.cpp aborts on.")]
 Like = Annotated[
     list[str] | None,
     typer.Option(

@@ -16,12 +16,12 @@ from gguf3n.cli.lint import SHOWN
 from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
-from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, write
+from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
 from gguf3n.errors import FindingsError, UsageError
-from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.gemma3n.part import PartKind
 from gguf3n.gemma3n.source import Source
 from gguf3n.inspection.lint import Finding
-from gguf3n.planning import Plan
+from gguf3n.planning import Plan, make_plan
 from gguf3n.recipes import find_recipe
 from gguf3n.validation.logits import check_fits
 from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -36,13 +36,17 @@ class Writing:
     """What `convert` and `quantize` share: the files wanted, whether they are written and proved, what is printed."""
 
     quant: options.Quants = None
+    mmproj: options.Mmproj = None
     output: options.Output = None
+    no_vision: options.NoVision = False
+    no_audio: options.NoAudio = False
     like: options.Like = None
     imatrix: options.Imatrix = None
     ple: options.Ple = None
     token_embd: options.TokenEmbd = None
     tensor_types: options.TensorTypes = None
     keep: options.Keep = None
+    force_types: options.ForceTypes = False
     against: options.Against = None
     threads: options.Threads = None
     dry_run: options.DryRun = False
@@ -58,6 +62,10 @@ class Writing:
         return parse_options(
             self.quant or (),
             self.output,
+            mmproj=self.mmproj or (),
+            vision=not self.no_vision,
+            audio=not self.no_audio,
+            force_types=self.force_types,
             like=self.like or (),
             ple=self.ple,
             token_embd=self.token_embd,
@@ -88,22 +96,22 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     """
     validation = wanted.validation()
     conversion = wanted.conversion()
-    part = text_part(read())
+    source = read()
     if validation is not None:
         validation = replace(validation, imatrix=conversion.imatrix)
-        check_extra(part.source, validation, validation.stages)
+        check_extra(source, validation, validation.stages)
         if Stage.LOGITS in validation.stages:
-            check_fits(part.source)
+            check_fits(source)
     if wanted.report is not None:
         if len(conversion.recipes) > 1:
             raise UsageError(f"one report for {len(conversion.recipes)} files", fix="validate them one by one")
         check_report(wanted.report, force=wanted.force)
-    plans = plan_all(part, conversion.recipes, conversion.imatrix)
+    plans = plan_files(source, conversion)
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
         print_note("note", notice, quiet=wanted.quiet)
     _print_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
-    result: dict[str, Any] = {"source": part.source.origin, "notices": notices}
+    result: dict[str, Any] = {"source": source.origin, "notices": notices}
     if wanted.dry_run:
         _show(plans, conversion, wanted, result)
         return
@@ -111,7 +119,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         written = write(plans, conversion.output, threads=conversion.threads, force=conversion.force, progress=progress)
     if not wanted.json:
         _print_written(written)
-    validations = [] if validation is None else _validated(written, part, validation, quiet=wanted.quiet)
+    validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)
     if wanted.report is not None:
         write_report(validations[0], wanted.report, force=wanted.force)
     if wanted.json:
@@ -140,21 +148,29 @@ def _print_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
 
 def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing, result: dict[str, Any]) -> None:
     """Print what would be written."""
-    other = None
+    others: list[Plan | None] = [None] * len(plans)
     if wanted.against is not None:
-        other = plan_all(plans[0].part, [find_recipe(wanted.against)], conversion.imatrix)[0]
+        others = [_other_plan(each, wanted.against, conversion) for each in plans]
     paths = output_paths([each.part.file_name(each.recipe.name) for each in plans], conversion.output)
     if wanted.json:
-        result["outputs"] = [_plan_json(each, path, against=other) for each, path in zip(plans, paths, strict=True)]
+        result["outputs"] = [
+            _plan_json(each, path, against=other) for each, path, other in zip(plans, paths, others, strict=True)
+        ]
         print_json(result)
         return
-    for each, path in zip(plans, paths, strict=True):
+    for each, path, other in zip(plans, paths, others, strict=True):
         _print_plan(each, path, other)
 
 
-def _validated(
-    written: Sequence[Conversion], part: Part, validation: ValidationOptions, *, quiet: bool
-) -> list[Validation]:
+def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan:
+    """The same file by another recipe."""
+    recipe = find_recipe(against, plan.recipe.part)
+    if plan.part.kind is PartKind.TEXT:
+        return plan_all(plan.part, [recipe], conversion.imatrix)[0]
+    return make_plan(plan.part, recipe)
+
+
+def _validated(written: Sequence[Conversion], validation: ValidationOptions, *, quiet: bool) -> list[Validation]:
     """Validate files of one source; the reference model is run once for all."""
     validations: list[Validation] = []
     with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
@@ -168,7 +184,7 @@ def _validated(
                 validations.append(
                     run_stages(
                         each.path,
-                        part,
+                        each.plan.part,
                         chosen,
                         progress=progress,
                         notice=lambda text: print_note("note", text, quiet=quiet),

@@ -90,6 +90,14 @@ class ChildProcess:
     def kill(self) -> None:
         self._process.kill()
 
+    def has_ended(self) -> Ended | None:
+        """How the process has ended, if it has, or does so within a second: its last connection breaks off first."""
+        try:
+            self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return None
+        return self._ended()
+
     def send(self, request: Mapping[str, Any]) -> None:
         """Asks for something. Raises: Ended."""
         assert self._process.stdin is not None

@@ -2,15 +2,15 @@
 
 A faulty file can make llama.cpp abort, which ends the process that it runs in: here that is an error like others. Its
 memory is free for certain when it is closed, and the next row is computed while the last one is looked at.
-
-Requests are {"token_ids": [...], "first": n}, answers rows of float32; the first message has the engine's name.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +19,34 @@ from gguf3n.engines.child_process import ANSWER, READY, ChildProcess, Ended, ans
 from gguf3n.engines.llama_cpp import open_llama_cpp
 from gguf3n.errors import GGUFError
 
+Self = TypeVar("Self", bound="EngineProcess")
 
-class LlamaProcess:
-    """A GGUF file that llama.cpp has loaded, on the CPU, in a process that ends with `close`.
+
+class EngineProcess:
+    """llama.cpp with a GGUF file in a process that ends with `close`.
 
     Args:
-        n_ctx: the longest text.
-        n_threads: by default one a processor.
+        path: named in errors.
+        module: whose `main` the process runs; what it sends first has the engine's name.
+        options: of `main`.
 
     Raises: GGUFError: llama.cpp does not load the file, or aborts. UsageError: xllamacpp is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_ctx: int = 512, n_threads: int | None = None) -> None:
-        self._path = Path(path)
-        self._n_due = 0
+    def __init__(self, path: Path, module: str, options: Mapping[str, Any]) -> None:
+        self._path = path
         try:
-            self._child = ChildProcess(__name__, {"path": str(self._path), "n_ctx": n_ctx, "n_threads": n_threads})
+            self._child = ChildProcess(module, options)
         except Ended as error:
             raise self._aborted(error) from None
         try:
-            self.name = self._receive(READY).decode()
+            self.ready: dict[str, str] = json.loads(self._receive(READY))
         except BaseException:
             self.close()
             raise
+        self.name = self.ready["name"]
 
-    def __enter__(self) -> LlamaProcess:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,6 +55,32 @@ class LlamaProcess:
     def close(self) -> None:
         """Ends the process."""
         self._child.close()
+
+    def _receive(self, kind: int) -> bytes:
+        try:
+            return self._child.receive(kind)
+        except Ended as error:
+            raise self._aborted(error) from None
+
+    def _aborted(self, error: Ended) -> GGUFError:
+        return GGUFError(f"{self._path}: llama.cpp aborts on this file", found=str(error))
+
+
+class LlamaProcess(EngineProcess):
+    """A GGUF file that llama.cpp has loaded, on the CPU, in a process that ends with `close`.
+
+    Requests are {"token_ids": [...], "first": n}, answers rows of float32.
+
+    Args:
+        n_ctx: the longest text.
+        n_threads: by default one a processor.
+
+    Raises: as `EngineProcess`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, n_ctx: int = 512, n_threads: int | None = None) -> None:
+        self._n_due = 0
+        super().__init__(Path(path), __name__, {"path": str(path), "n_ctx": n_ctx, "n_threads": n_threads})
 
     def logprobs(self, token_ids: Sequence[int], *, first: int = 0) -> Iterator[NDArray[np.float32]]:
         """For each position of a text, from `first` on, the log-probabilities of what follows it.
@@ -75,21 +104,12 @@ class LlamaProcess:
         self._n_due -= 1
         return row
 
-    def _receive(self, kind: int) -> bytes:
-        try:
-            return self._child.receive(kind)
-        except Ended as error:
-            raise self._aborted(error) from None
-
-    def _aborted(self, error: Ended) -> GGUFError:
-        return GGUFError(f"{self._path}: llama.cpp aborts on this file", found=str(error))
-
 
 def main() -> None:
     """What the process does: load the model by the options of `open_llama_cpp`, then a text at a time."""
     asked = requests()
     with answers() as send, open_llama_cpp(**next(asked)) as model:
-        send(READY, model.name.encode())
+        send(READY, json.dumps({"name": model.name}).encode())
         for request in asked:
             for row in model.logprobs(**request):
                 send(ANSWER, row.tobytes())

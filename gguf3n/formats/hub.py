@@ -50,6 +50,8 @@ from gguf3n.outside import inert, masked, one_line
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -34,6 +34,8 @@ million."""
 CHECKPOINT_FILES: Mapping[str, tuple[int, type[SourceError]]] = {
     "config.json": (MIB, ConfigError),
     "generation_config.json": (MIB, ConfigError),
+    "preprocessor_config.json": (MIB, ConfigError),
+    "processor_config.json": (MIB, ConfigError),
     "README.md": (4 * MIB, ConfigError),
     "model.safetensors.index.json": (16 * MIB, CheckpointError),
     "tokenizer.model": (64 * MIB, TokenizerError),

@@ -2,7 +2,7 @@
 
 An output tensor is a sequence of rows (see formats/rows.py): those of source tensors, stacked or alone, and zeros for
 padding and for weights that are demanded and never evaluated. So what reads them needs to know nothing of either.
-text.py holds the rules of the text file.
+text.py holds the rules of the text file, mmproj.py those of the encoders' file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from gguf3n.errors import MappingError
 from gguf3n.formats.gguf_layout import QType
-from gguf3n.formats.rows import FLOAT_DTYPES, Rows, SourceTensor, Zeros
+from gguf3n.formats.rows import FLOAT_DTYPES, Rows, SourceTensor, Stored, Zeros
 from gguf3n.gemma3n.names import bare_name
 
 
@@ -25,10 +25,20 @@ class Storage(enum.Enum):
     FLOAT32 = ("stays F32: norms, scales and AltUp coefficients are small and sensitive", QType.F32)
     HALF = ("stays 16-bit: llama.cpp never quantizes AltUp, LAuReL and per-layer projection matrices", None)
     QUANTIZABLE = ("takes the recipe's type", None)
+    NORM = ("stays F32: norms, scales and biases are small, and llama.cpp computes with them in F32", QType.F32)
+    STEM = ("stays F32: the first convolution sees the image itself, and is tiny", QType.F32)
+    AUDIO_CONVOLUTION = ("stays F32, as llama.cpp's converter has it: small, and nothing runs it yet", QType.F32)
+    CONVOLUTION = ("takes the recipe's type: F16 or F32, which llama.cpp can run", None)
+    DEPTHWISE = ("takes the recipe's type: F16 or BF16, which llama.cpp can run", None)
 
     def __init__(self, reason: str, forced: QType | None) -> None:
         self.reason = reason
         self.forced = forced
+
+    @property
+    def by_recipe(self) -> bool:
+        """Whether a recipe's rules decide the type."""
+        return self in (Storage.QUANTIZABLE, Storage.CONVOLUTION, Storage.DEPTHWISE)
 
 
 class Missing(enum.Enum):
@@ -97,6 +107,7 @@ class Table:
         sizes: what the words of the shapes mean in a layer.
         evaluated: False for weights that are loaded and never used.
         least_rows: that a tensor whose rows may be padded has.
+        said_by: where the shapes come from, for messages.
     """
 
     model: str
@@ -106,6 +117,7 @@ class Table:
     sizes: Callable[[int | None], Mapping[str, int]]
     evaluated: Callable[[Rule, int | None], bool]
     least_rows: int
+    said_by: str = "config.json says"
 
     def shape(self, words: tuple[str, ...], bid: int | None) -> tuple[int, ...]:
         """A shape in numbers; words may be numbers already."""
@@ -128,6 +140,8 @@ class MappedTensor:
     rows: tuple[Rows, ...]
     evaluated: bool = True
     """False for keys and values of KV-shared layers: loaded by llama.cpp, used by nobody."""
+    plain_rows: tuple[Rows, ...] = ()
+    """What llama.cpp's converter writes instead, where we mend some rows; see end_of_image.py."""
 
     @property
     def missing(self) -> bool:
@@ -276,14 +290,22 @@ def _map_one(rule: Rule, bid: int | None, table: Table, found: Mapping[str, Sour
         if padding is None:
             raise MappingError(
                 f"{tensor.origin} has the wrong shape",
-                expected=f"{list(expected)} as config.json says",
+                expected=f"{list(expected)} as {table.said_by}",
                 found=str(list(tensor.shape)),
                 fix=TOGETHER,
             )
-        rows += tensor.rows
+        rows += in_channels(tensor)
         if padding:
             rows.append(Zeros(padding, expected[-1]))
     return MappedTensor(name, written, rule.storage, bid, tuple(rows), evaluated)
+
+
+def in_channels(tensor: SourceTensor) -> tuple[Rows, ...]:
+    """Its rows; of a convolution's kernel an output channel each. Why: rows of three weights, or of one, take long."""
+    if len(tensor.shape) < 3:
+        return tensor.rows
+    n_per_row = math.prod(tensor.shape[1:])
+    return tuple(rows.in_rows_of(n_per_row) if isinstance(rows, Stored) else rows for rows in tensor.rows)
 
 
 def _padding(rule: Rule, tensor: SourceTensor, expected: tuple[int, ...], table: Table) -> int | None:

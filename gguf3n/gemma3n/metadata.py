@@ -44,13 +44,16 @@ NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_
 """What the gguf package guesses from a directory's name; a Hub id says it better."""
 
 
-def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int) -> list[KeyValue]:
+def general_keys(
+    directory: Path, repo_id: str | None, arch: str, n_weights: int, kind: str = "model"
+) -> list[KeyValue]:
     """The general.* keys, from the model card, generation_config.json, config.json and the name.
 
     Args:
         repo_id: the Hub id the directory was fetched from; its directory's name is a commit hash.
         arch: general.architecture.
         n_weights: of all tensors written, for the size label.
+        kind: general.type.
 
     Raises: ConfigError if the model card's front matter or generation_config.json can't be read.
     """
@@ -72,7 +75,7 @@ def general_keys(directory: Path, repo_id: str | None, arch: str, n_weights: int
         metadata.name = metadata.name or directory.name
         metadata.size_label = metadata.size_label or gguf.size_label(n_weights, 0, 0, 0)
         writer = gguf.GGUFWriter(None, arch)
-        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_type(kind)
         metadata.set_gguf_meta_model(writer)
         return [_general_key(name, value.type, value.value, generation) for name, value in writer.kv_data[0].items()]
     except ConfigError:

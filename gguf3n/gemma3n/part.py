@@ -1,22 +1,27 @@
 """One file to write, whatever its types: keys, and tensors with the place of their rows.
 
-A source is written as one or more parts: today the text model; vision and audio belong in a file of their own.
+A source is written as one or two parts: the text model, and the vision and audio encoders, which llama.cpp reads from a
+file of their own.
 """
 
 from __future__ import annotations
 
 import enum
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gguf.constants import Keys
 
-from gguf3n.errors import MappingError, SourceError
+from gguf3n.errors import MappingError, SourceError, UsageError
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import KeyValue
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile
 from gguf3n.formats.rows import SourceTensor
-from gguf3n.gemma3n import text
-from gguf3n.gemma3n.mapping import MappedTensor, map_tensors
+from gguf3n.gemma3n import mmproj, text
+from gguf3n.gemma3n.encoders import read_encoders
+from gguf3n.gemma3n.end_of_image import with_end_of_image
+from gguf3n.gemma3n.mapping import MappedTensor, Rule, in_channels, map_tensors
 from gguf3n.gemma3n.metadata import REPLACED_KEYS, general_keys, tokenizer_keys
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
 
@@ -28,6 +33,7 @@ class PartKind(enum.Enum):
     """What a file holds; the value is how its name is made."""
 
     TEXT = "{name}-{quant}.gguf"
+    MMPROJ = "mmproj-{name}-{quant}.gguf"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def text_part(source: Source) -> Part:
 def _of_checkpoint(source: Checkpoint) -> Part:
     config = source.config
     mapping = map_tensors(text.table(config), source.tensors, source.origin)
+    tensors = with_end_of_image(mapping.tensors, source)
     vocabulary = source.vocabulary
     notices = [*source.notices, *vocabulary.notices]
     notices += [f"left out {count} source tensors: {reason}" for reason, count in mapping.dropped]
@@ -80,41 +87,123 @@ def _of_checkpoint(source: Checkpoint) -> Part:
         *text.model_keys(config),
         *tokenizer_keys(vocabulary),
     )
-    return Part(PartKind.TEXT, source, keys, mapping.tensors, tuple(notices))
+    return Part(PartKind.TEXT, source, keys, tensors, tuple(notices))
+
+
+def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> Part:
+    """The vision and audio encoders of a source.
+
+    Args:
+        vision, audio: which of the two are wanted.
+
+    Raises: UsageError where neither is; SourceError or a class below it, also where one is wanted that is not there;
+        GGUFError.
+    """
+    if not vision and not audio:
+        raise UsageError("an mmproj file with neither vision nor audio", fix="leave one of --no-vision, --no-audio out")
+    if isinstance(source, GGUFSource):
+        return _mmproj_of_gguf(source, vision=vision, audio=audio)
+    assert isinstance(source, Checkpoint), source
+    encoders = read_encoders(source.raw_config, source.path, source.config.hidden_size, vision=vision, audio=audio)
+    mapping = map_tensors(mmproj.table(encoders, source.tensors, source.origin), source.tensors, source.origin)
+    notices = [*source.notices, *mmproj.concerns(encoders)]
+    notices += [
+        f"mmproj: left out {count} source tensors: {reason}"
+        for reason, count in mapping.dropped
+        if reason != mmproj.TEXT_REASON
+    ]
+    keys = (
+        *general_keys(source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND),
+        *mmproj.model_keys(encoders),
+    )
+    return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))
+
+
+def gguf_part(source: GGUFSource) -> Part:
+    """What a GGUF file holds, of whichever kind it is. Raises: as `text_part`."""
+    return mmproj_part(source) if _architecture(source) == mmproj.ARCH else text_part(source)
+
+
+def _architecture(source: GGUFSource) -> str:
+    key = source.gguf.keys.get(Keys.General.ARCHITECTURE)
+    return "none" if key is None else str(key.value)
+
+
+def _check_architecture(source: GGUFSource, wanted: str) -> None:
+    """Refuse a file of another kind. Raises: SourceError."""
+    found = _architecture(source)
+    if found == wanted:
+        return
+    if {found, wanted} == {text.ARCH, mmproj.ARCH}:
+        is_text = found == text.ARCH
+        raise SourceError(
+            f"{source.origin}: {'the text model' if is_text else 'the vision and audio encoders, not the text model'}",
+            expected=f"general.architecture {wanted}",
+            found=found,
+            fix="choose its types with " + ("--quant" if is_text else "--mmproj"),
+        )
+    raise SourceError(f"{source.origin}: not a Gemma 3n", expected=f"general.architecture {wanted}", found=found)
+
+
+def _mmproj_of_gguf(source: GGUFSource, *, vision: bool, audio: bool) -> Part:
+    """Keys and values are taken over as they are, of the encoders that are there and wanted."""
+    _check_architecture(source, mmproj.ARCH)
+    dropped = [what for what, is_wanted in (("vision", vision), ("audio", audio)) if not is_wanted]
+    tensors = {name: tensor for name, tensor in source.tensors.items() if mmproj.encoder_of(name) not in dropped}
+    if not tensors:
+        raise SourceError(f"{source.origin}: no {'audio' if vision is False else 'vision'} encoder")
+    order = mmproj.order_of_names({name: tensor.shape for name, tensor in tensors.items()}, source.origin)
+    mapped = [
+        MappedTensor(rule.name(bid), mmproj.shape_from_gguf(rule, tensor), rule.storage, bid, in_channels(tensor))
+        for rule, bid, tensor in _matched(order, tensors, source.origin, "the encoders of a Gemma 3n")
+    ]
+    left_out = re.compile("|".join(rf"clip\.(?:has_{what}_encoder|{what}\..+)" for what in dropped) or "(?!)")
+    keys = tuple(key for key in _kept_keys(source.gguf) if not left_out.fullmatch(key.name))
+    return Part(PartKind.MMPROJ, source, keys, tuple(mapped), source.notices)
 
 
 def _of_gguf(source: GGUFSource) -> Part:
     """Keys and values are taken over as they are, but for those that say how the file is quantized or split."""
+    _check_architecture(source, text.ARCH)
     gguf = source.gguf
-    key = gguf.keys.get(Keys.General.ARCHITECTURE)
-    if key is None or key.value != text.ARCH:
-        found = "none" if key is None else str(key.value)
-        raise SourceError(f"{source.origin}: not a Gemma 3n", expected=f"general.architecture {text.ARCH}", found=found)
     n_layers = _number(gguf, Keys.LLM.BLOCK_COUNT)
     n_kv_layers = n_layers - _number(gguf, Keys.Attention.SHARED_KV_LAYERS)
-    left = dict(source.tensors)
-    tensors = []
-    for rule, bid in text.written_order(n_layers):
+    order = text.written_order(n_layers)
+    tensors = [
+        MappedTensor(
+            tensor.name, tensor.shape, rule.storage, bid, tensor.rows, text.is_evaluated(rule, bid, n_kv_layers)
+        )
+        for rule, bid, tensor in _matched(order, source.tensors, source.origin, f"a model of {n_layers} layers")
+    ]
+    return Part(PartKind.TEXT, source, _kept_keys(gguf), tuple(tensors), source.notices)
+
+
+def _matched(
+    order: Iterable[tuple[Rule, int | None]], tensors: Mapping[str, SourceTensor], origin: str, model: str
+) -> Iterator[tuple[Rule, int | None, SourceTensor]]:
+    """Each rule with its tensor. Raises: MappingError for one that is missing, unreadable, or of no rule."""
+    left = dict(tensors)
+    for rule, bid in order:
         name = rule.name(bid)
         tensor = left.pop(name, None)
         if tensor is None:
-            raise MappingError(
-                f"{source.origin}: tensor {name!r} is missing", expected=f"it, in a model of {n_layers} layers"
-            )
+            raise MappingError(f"{origin}: tensor {name!r} is missing", expected=f"it, in {model}")
         _check_readable(tensor)
-        evaluated = text.is_evaluated(rule, bid, n_kv_layers)
-        tensors.append(MappedTensor(name, tensor.shape, rule.storage, bid, tensor.rows, evaluated))
+        yield rule, bid, tensor
     if left:
         found = ", ".join(sorted(left)[:5])
-        raise MappingError(f"{source.origin}: {len(left)} tensors that are not Gemma 3n's", found=found)
-    keys = tuple(
+        raise MappingError(f"{origin}: {len(left)} tensors that are not Gemma 3n's", found=found)
+
+
+def _kept_keys(gguf: GGUFFile) -> tuple[KeyValue, ...]:
+    """All keys but those that say how the file is quantized or split."""
+    return tuple(
         KeyValue(key.name, key.type, key.value.tolist(), key.value.element_type)
         if isinstance(key.value, GGUFArray)
         else KeyValue(key.name, key.type, key.value)
         for key in gguf.keys.values()
         if not REPLACED_KEYS.fullmatch(key.name)
     )
-    return Part(PartKind.TEXT, source, keys, tuple(tensors), source.notices)
 
 
 def _check_readable(tensor: SourceTensor) -> None:

@@ -152,7 +152,7 @@ def open_gguf_source(path: Path) -> GGUFSource:
 
 
 def _model_name(path: Path) -> str:
-    """The model's name in new file names: without the parts' numbers and the type at its end."""
+    """The model's name in new file names: without what its part is called, numbers of parts, and the type."""
     match = SPLIT_NAME.fullmatch(path.name)
     stem = match[1] if match else path.stem
-    return re.sub(r"[-.](B?F16|F32)$", "", stem, flags=re.IGNORECASE)
+    return re.sub(r"^mmproj-|[-.](B?F16|F32|lossless)$", "", stem, flags=re.IGNORECASE)

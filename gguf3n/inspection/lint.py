@@ -18,8 +18,10 @@ from pathlib import Path
 from gguf3n.errors import GGUFError
 from gguf3n.formats.byte_source import HeaderInMemory, is_remote
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf, read_header
+from gguf3n.gemma3n.mmproj import ARCH as ENCODER_ARCH
 from gguf3n.inspection import checks_data as data
 from gguf3n.inspection import checks_layout as layout
+from gguf3n.inspection import checks_mmproj as mmproj
 from gguf3n.inspection import checks_model as model
 from gguf3n.inspection import checks_vocabulary as vocabulary
 from gguf3n.inspection.found import HEADER, Found
@@ -39,11 +41,20 @@ class Severity(enum.Enum):
 
 
 class Group(enum.Enum):
-    """When a check is made: of any file, of Gemma 3n's, or of the data of Gemma 3n's when asked for."""
+    """When a check is made: of any file; of Gemma 3n's text model, its mmproj file, or both together; of the data of
+    either, or of one of them, when asked for."""
 
     LAYOUT = "layout"
     MODEL = "model"
+    MMPROJ = "mmproj"
+    PAIR = "pair"
+    VALUES = "values"
     DATA = "data"
+    MMPROJ_DATA = "mmproj-data"
+
+    @property
+    def reads_data(self) -> bool:
+        return self in (Group.VALUES, Group.DATA, Group.MMPROJ_DATA)
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ class Report:
 
 REPAIR = "gguf3n repair"
 AGAIN = "convert or download the file again"
+ENCODERS_AGAIN = "gguf3n convert SRC --mmproj F16"
 ENDIAN = "gguf-convert-endian FILE little"
 E, W, N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 ALL = "no engine loads it"
@@ -124,8 +136,12 @@ def _model(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[
     return Check(id, severity, meaning, fix, Group.MODEL, find)
 
 
-def _data(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
-    return Check(id, severity, meaning, fix, Group.DATA, find)
+def _mmproj(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+    return Check(id, severity, meaning, fix, Group.MMPROJ, find)
+
+
+def _values(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+    return Check(id, severity, meaning, fix, Group.VALUES, find)
 
 
 UNREADABLE = _layout("unreadable", E, ALL, AGAIN, "unreadable")
@@ -215,34 +231,77 @@ CHECKS: tuple[Check, ...] = (
     _model("sampling", N, "programs sample with defaults of their own, not Google's",
            f"{REPAIR} --fix sampling", vocabulary.sampling),
 
-    _data("bad-value", E, "one such value spoils every output after it", AGAIN, data.bad_values),
-    _data("all-zero", E, "the tensor was never written, or lost", AGAIN, data.all_zero),
-    _data("f16-range", W, "values were cut off at float16's end, or will overflow",
-          "convert with BF16", data.f16_range),
-    _data("wrong-table", E, "an embedding table holds another's values", AGAIN, data.wrong_table),
+    _mmproj("mmproj-key", E, "llama.cpp does not load the encoders",
+            ENCODERS_AGAIN, mmproj.missing_keys),
+    _mmproj("mmproj-key-type", E, "llama.cpp aborts, or takes another value",
+            ENCODERS_AGAIN, mmproj.key_types),
+    _mmproj("mmproj-projector", E, "llama.cpp takes it for both encoders, and the audio encoder for a vision tower",
+            "gguf3n edit --unset clip.projector_type", mmproj.common_projector),
+    _mmproj("mmproj-image-size", E, "llama.cpp aborts at the first image, or counts other tokens than the tower makes",
+            "gguf3n edit --set clip.vision.image_size=768 --set clip.vision.patch_size=3", mmproj.image_size),
+    _mmproj("mmproj-tensor", E, "llama.cpp leaves out what it does not find, and the image is nonsense",
+            ENCODERS_AGAIN, mmproj.missing_tensors),
+    _mmproj("mmproj-extra-tensor", W, "nobody reads it",
+            ENCODERS_AGAIN, mmproj.extra_tensors),
+    _mmproj("mmproj-shape", E, "llama.cpp aborts",
+            ENCODERS_AGAIN, mmproj.wrong_shapes),
+    _mmproj("layer-scale", E, "llama.cpp aborts while it loads; its own converter wrote vectors in 2025",
+            "gguf3n quantize FILE --mmproj TYPE writes maps", mmproj.vectors_for_maps),
+    _mmproj("convolution-type", E, "llama.cpp aborts while it loads, or at the first image",
+            "gguf3n quantize FILE --mmproj F16, or convert again", mmproj.convolution_types),
+    _mmproj("mmproj-float-tensor", W, "norms, scales and biases are F32 wherever files are known to run",
+            ENCODERS_AGAIN, mmproj.float_tensors),
+    _mmproj("mmproj-width", E, "llama.cpp aborts at the first image, or refuses it beside its text model",
+            ENCODERS_AGAIN, mmproj.widths),
+    _mmproj("mmproj-type", W, "Ollama knows the file by it",
+            "gguf3n edit --set general.type=mmproj", mmproj.general_type),
+    _mmproj("mmproj-name", N, "llama.cpp and LM Studio find the file beside its model by its name",
+            "name it mmproj-NAME-TYPE.gguf", mmproj.file_name),
+    _mmproj("idle-audio", N, "llama.cpp says that the model can hear, and does not run the audio encoder of Gemma 3n",
+            "gguf3n quantize FILE --mmproj TYPE --no-audio leaves it out", mmproj.idle_audio),
+    Check("fit-width", E, "llama.cpp does not load the two together",
+          "take the mmproj file of the same size of model", Group.PAIR, mmproj.text_width),
+    Check("fit-images", E, "llama.cpp cuts the marks around an image into pieces of text",
+          "convert the text model again: files of 2025 lack the tokens of images", Group.PAIR, mmproj.image_marks),
+
+    _values("bad-value", E, "one such value spoils every output after it", AGAIN, data.bad_values),
+    _values("all-zero", E, "the tensor was never written, or lost", AGAIN, data.all_zero),
+    _values("f16-range", W, "values were cut off at float16's end, or will overflow",
+            "convert with BF16", data.f16_range),
+    Check("wrong-table", E, "an embedding table holds another's values", AGAIN, Group.DATA, data.wrong_table),
+    Check("f16-input", W, "llama.cpp rounds what goes into an F16 convolution to F16, infinite above 65504; a bound "
+          "from the weights, which no image has to reach",
+          "convert with --mmproj lossless", Group.MMPROJ_DATA, mmproj.f16_inputs),
 )
 # fmt: on
 
 
-def lint(source: str | Path | GGUFFile, *, with_data: bool = False, progress: OnProgress | None = None) -> Report:
+def lint(
+    source: str | Path | GGUFFile,
+    *,
+    with_data: bool = False,
+    progress: OnProgress | None = None,
+    beside: GGUFFile | None = None,
+) -> Report:
     """Check a file, local or remote.
 
     Args:
         source: the file, or what `open_gguf(..., strict=False)` made of it.
+        beside: the mmproj file that a text model is to be used with: whether they fit.
         with_data: read the tensors too.
         progress: told of the bytes that are read for that.
 
     Raises: GGUFError for a file that is not there; HubError. A file whose header can't be read is a finding.
     """
     if isinstance(source, GGUFFile):
-        return lint_file(source, with_data=with_data, progress=progress)
+        return lint_file(source, with_data=with_data, progress=progress, beside=beside)
     try:
         gguf = open_gguf(source, strict=False)
     except GGUFError as error:
         if not is_remote(source) and not os.path.isfile(source):
             raise
         return unreadable(str(source), error)
-    return lint_file(gguf, with_data=with_data, progress=progress)
+    return lint_file(gguf, with_data=with_data, progress=progress, beside=beside)
 
 
 def unreadable(name: str, error: GGUFError) -> Report:
@@ -251,9 +310,15 @@ def unreadable(name: str, error: GGUFError) -> Report:
     return Report(name, (finding,), 1, "the header is unreadable")
 
 
-def lint_file(gguf: GGUFFile, *, with_data: bool = False, progress: OnProgress | None = None) -> Report:
+def lint_file(
+    gguf: GGUFFile,
+    *,
+    with_data: bool = False,
+    progress: OnProgress | None = None,
+    beside: GGUFFile | None = None,
+) -> Report:
     """Check a file that is open, as `open_gguf(..., strict=False)` gives it."""
-    return _lint(Subject(gguf, progress), with_data=with_data)
+    return _lint(Subject(gguf, progress, None if beside is None else Subject(beside)), with_data=with_data)
 
 
 def _lint(subject: Subject, *, with_data: bool = False) -> Report:
@@ -278,14 +343,18 @@ def lint_headers(headers: Sequence[HeaderInMemory]) -> Iterator[tuple[Finding, .
 
 def _groups(subject: Subject, *, with_data: bool) -> tuple[Collection[Group], str | None]:
     """Which checks are made of a file, and why not all that were asked for."""
-    if not subject.is_gemma3n:
+    if not subject.is_gemma3n and not subject.is_mmproj:
         said = subject.architecture or "nothing"
+        said += ", and no projector is Gemma 3n's" if said == ENCODER_ARCH else ""
         return (Group.LAYOUT,), f"general.architecture says {said}: only the layout was checked"
+    own = {Group.LAYOUT, Group.MODEL} if subject.is_gemma3n else {Group.LAYOUT, Group.MMPROJ}
+    if subject.is_gemma3n and subject.mmproj is not None:
+        own.add(Group.PAIR)
     skipped = None
     if with_data and subject.gguf.byte_order == "big":
         skipped = "the data of big-endian files is not checked"
     elif with_data and any(problem.kind == "truncated" for problem in subject.gguf.problems):
         skipped = "the data of a truncated file is not checked"
     elif with_data:
-        return tuple(Group), None
-    return (Group.LAYOUT, Group.MODEL), skipped
+        return own | {Group.VALUES, Group.DATA if subject.is_gemma3n else Group.MMPROJ_DATA}, None
+    return own, skipped

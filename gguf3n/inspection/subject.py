@@ -19,6 +19,7 @@ from gguf3n.gemma3n.config import MAX_LAYERS, N_KV_LAYERS
 from gguf3n.gemma3n.mapping import Missing, Rule
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.text import ARCH, model_keys, written_order
+from gguf3n.inspection.encoder_facts import EncoderFacts
 from gguf3n.inspection.scan import TensorFacts, scan
 from gguf3n.progress import OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
@@ -78,11 +79,20 @@ class Subject:
 
     Args:
         progress: told while `data` is read.
+        mmproj: the mmproj file that is to be used with it.
         like: a file that is known to have the same vocabulary, which is then read once.
     """
 
-    def __init__(self, gguf: GGUFFile, progress: OnProgress | None = None, like: Subject | None = None) -> None:
+    def __init__(
+        self,
+        gguf: GGUFFile,
+        progress: OnProgress | None = None,
+        mmproj: Subject | None = None,
+        *,
+        like: Subject | None = None,
+    ) -> None:
         self.gguf = gguf
+        self.mmproj = mmproj
         self._progress = progress
         self._like = like
 
@@ -93,6 +103,16 @@ class Subject:
     @property
     def is_gemma3n(self) -> bool:
         return self.architecture == str(ARCH)
+
+    @cached_property
+    def encoders(self) -> EncoderFacts:
+        """Of an mmproj file."""
+        return EncoderFacts(self.gguf)
+
+    @property
+    def is_mmproj(self) -> bool:
+        """Whether it is the mmproj file of a Gemma 3n."""
+        return bool(self.encoders.kinds)
 
     def text(self, name: str) -> str | None:
         """A string key's value."""

@@ -12,6 +12,7 @@ from gguf.constants import Keys, LlamaFileType, TokenType
 
 from gguf3n.formats.gguf_layout import QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor
+from gguf3n.inspection.encoder_facts import EncoderFacts
 
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+?)(\.weight)?")
 PLAIN_TYPES = (QType.F32, QType.F16, QType.BF16)
@@ -78,17 +79,49 @@ def architecture(gguf: GGUFFile) -> str | None:
     return key.value if key is not None and isinstance(key.value, str) else None
 
 
+ENCODER_FACTS: tuple[tuple[str, str], ...] = (
+    ("name", Keys.General.NAME),
+    ("size", Keys.General.SIZE_LABEL),
+    ("text width", "clip.vision.projection_dim"),
+    ("image size", "clip.vision.image_size"),
+    ("vision width", "clip.vision.embedding_length"),
+    ("audio layers", "clip.audio.block_count"),
+    ("audio width", "clip.audio.embedding_length"),
+    ("mel bins", "clip.audio.num_mel_bins"),
+)
+"""The same of an mmproj file."""
+
+
+def encoder_facts(gguf: GGUFFile) -> list[tuple[str, str]]:
+    """Label and value of what Gemma 3n's encoders are; none of another file."""
+    encoders = EncoderFacts(gguf)
+    if not encoders.kinds:
+        return []
+    found = [("encoders", " and ".join(encoders.kinds))]
+    if (tower := encoders.tower) is not None:
+        by_stage = ", ".join(str(len(blocks)) for blocks in tower.stages)
+        found.append(("vision blocks", f"{tower.n_blocks} (MobileNet-V5, stages of {by_stage})"))
+    sizes = [gguf.keys.get(f"clip.vision.{name}") for name in ("image_size", "patch_size")]
+    pixels, patch = (key.value if key is not None and isinstance(key.value, int) else 0 for key in sizes)
+    if pixels and patch:
+        found.append(("tokens an image", f"{pixels // patch}"))
+    return found
+
+
 def facts(gguf: GGUFFile) -> list[tuple[str, str]]:
     """Label and value of what is known of the model, in the order of FACTS."""
     arch = architecture(gguf)
     found = [] if arch is None else [("architecture", arch)]
-    for label, name in FACTS:
+    found += (encoders := encoder_facts(gguf))
+    for label, name in ENCODER_FACTS if encoders else FACTS:
         key = gguf.keys.get(name.format(arch=arch))
         if key is not None:
             found.append((label, _fact(key)))
     ftype = gguf.keys.get(Keys.General.FILE_TYPE)
     if ftype is not None:
         found.append(("file type", file_type_name(ftype.value)))
+    if encoders:
+        return found
     template = gguf.keys.get(Keys.Tokenizer.CHAT_TEMPLATE)
     found.append(("chat template", "none" if template is None else f"{len(str(template.value)):,} characters"))
     return found

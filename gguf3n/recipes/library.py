@@ -15,7 +15,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from gguf3n.errors import UsageError
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.small_file import MAX_RECIPE_BYTES, read_text
-from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, Keep, Recipe, Rule
+from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, For, ImageRows, Keep, Recipe, Rule
 from gguf3n.recipes.regexes import check_regex
 from gguf3n.recipes.toml import A_TYPE, RecipeFile, parse, parse_type
 
@@ -28,33 +28,37 @@ MAX_DEPTH = 8
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """As llama-quantize has them."""
 
+TEXT_ONLY = ("token_embd", "ple", "unevaluated", "keep", "image_rows", "n_layers")
+"""Settings that mean nothing for the encoders."""
+
 Settings = Mapping[str, Any]
 
 
-def preset_names() -> tuple[str, ...]:
-    """The names of all presets, without their variants."""
-    return tuple(sorted(name for name in _presets() if not name.startswith(SHARED)))
+def preset_names(part: For = For.TEXT) -> tuple[str, ...]:
+    """The names of all presets for a file, without their variants."""
+    return tuple(sorted(name for name in _presets(part) if not name.startswith(SHARED)))
 
 
 def variant_names(name: str) -> tuple[str, ...]:
     """The full names of a preset's variants, as in Q4_K_M@2025."""
-    return tuple(f"{name}@{variant}" for variant in _inherited(_preset(name), None).variants)
+    return tuple(f"{name}@{variant}" for variant in _inherited(_preset(name, For.TEXT), None, For.TEXT).variants)
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, part: For = For.TEXT) -> Recipe:
     """A recipe by its name or file.
 
     Args:
         name: a preset, in any case, or a path ending in .toml.
+        part: the file that it is for.
 
-    Raises: UsageError for an unknown name or a file that is no recipe.
+    Raises: UsageError for an unknown name, a file that is no recipe, or one that is for the other file.
     """
     if name.lower().endswith(SUFFIX):
         path = Path(name)
-        chain = _inherited(read_file(path), path.parent)
-        return _build(chain, str(chain.settings[0].get("name", path.stem)))
-    base, _, variant = _preset_name(name).partition("@")
-    return _build(_chain(base, variant or None), f"{base}@{variant}" if variant else base)
+        chain = _inherited(read_file(path), path.parent, part)
+        return _build(chain, str(chain.settings[0].get("name", path.stem)), part)
+    base, _, variant = _preset_name(name, part).partition("@")
+    return _build(_chain(base, variant or None, part), f"{base}@{variant}" if variant else base, part)
 
 
 def override(
@@ -102,15 +106,16 @@ class _Chain:
     rules: tuple[Rule, ...]
 
 
-def _inherited(file: RecipeFile, directory: Path | None, depth: int = 0) -> _Chain:
-    """Put a file's ancestors behind it."""
+def _inherited(file: RecipeFile, directory: Path | None, part: For, depth: int = 0) -> _Chain:
+    """Put a file's ancestors behind it. Raises: UsageError for one that is for another file."""
+    _check_for(file, part)
     own = _Chain(file.origin, (file.settings,), {name: (table,) for name, table in file.variants.items()}, file.rules)
     parent = file.settings.get("inherit")
     if parent is None:
         return own
     if depth == MAX_DEPTH:
         raise UsageError(f"{file.origin}: inherits from itself", expected="recipes that inherit in one direction")
-    above = _parent(parent, file.origin, directory, depth + 1)
+    above = _parent(parent, file.origin, directory, part, depth + 1)
     names = dict.fromkeys([*own.variants, *above.variants])
     return _Chain(
         file.origin,
@@ -120,21 +125,36 @@ def _inherited(file: RecipeFile, directory: Path | None, depth: int = 0) -> _Cha
     )
 
 
-def _parent(name: str, origin: str, directory: Path | None, depth: int) -> _Chain:
+def _check_for(file: RecipeFile, part: For) -> None:
+    found = file.settings.get("for", For.TEXT)
+    if found is not part:
+        option = {For.TEXT: "--quant", For.MMPROJ: "--mmproj"}
+        raise UsageError(
+            f"{file.origin}: a recipe for the {found.value} file",
+            expected=f'one with for = "{part.value}"',
+            fix=f"give it with {option[found]}, or choose another",
+        )
+    if part is For.MMPROJ and (useless := [key for key in TEXT_ONLY if key in file.settings]):
+        raise UsageError(
+            f"{file.origin}: {useless[0]} in a recipe for the mmproj file", expected="a rule", fix="remove it"
+        )
+
+
+def _parent(name: str, origin: str, directory: Path | None, part: For, depth: int) -> _Chain:
     if directory is not None and name.lower().endswith(SUFFIX):
         path = directory / name
-        return _inherited(read_file(path), path.parent, depth)
-    if name.startswith(SHARED) and name in _presets():
-        return _inherited(_preset(name), None, depth)
+        return _inherited(read_file(path), path.parent, part, depth)
+    if name.startswith(SHARED) and name in _presets(part):
+        return _inherited(_preset(name, part), None, part, depth)
     try:
-        base, _, variant = _preset_name(name).partition("@")
+        base, _, variant = _preset_name(name, part).partition("@")
     except UsageError as error:
         raise UsageError(f"{origin}: inherits from {name!r}, which is no recipe", expected=error.expected) from error
-    return _selected(_inherited(_preset(base), None, depth), variant)
+    return _selected(_inherited(_preset(base, part), None, part, depth), variant)
 
 
-def _chain(base: str, variant: str | None) -> _Chain:
-    return _selected(_inherited(_preset(base), None), variant)
+def _chain(base: str, variant: str | None, part: For) -> _Chain:
+    return _selected(_inherited(_preset(base, part), None, part), variant)
 
 
 def _selected(chain: _Chain, variant: str | None) -> _Chain:
@@ -142,39 +162,40 @@ def _selected(chain: _Chain, variant: str | None) -> _Chain:
     return replace(chain, settings=chain.variants.get(variant or "", ()) + chain.settings, variants={})
 
 
-def _preset_name(name: str) -> str:
+def _preset_name(name: str, part: For) -> str:
     """A preset's name in its own case, aliases resolved. Raises: UsageError for an unknown one."""
     base, at, variant = name.partition("@")
-    known = {preset.upper(): preset for preset in preset_names()}
+    known = {preset.upper(): preset for preset in preset_names(part)}
     found = known.get(ALIASES.get(base.upper(), base.upper()))
     if found is not None:
-        variants = _inherited(_preset(found), None).variants
+        variants = _inherited(_preset(found, part), None, part).variants
         if not at or variant in variants:
             return found + at + variant
         expected = " or ".join(f"{found}@{one}" for one in variants) or f"{found}, which has no variants"
         raise UsageError(f"unknown variant {name!r}", expected=expected, found=name)
     close = difflib.get_close_matches(base.upper(), known, n=1)
     raise UsageError(
-        f"unknown quantization {name!r}",
-        expected=", ".join(preset_names()) + ", or a recipe file ending in .toml",
+        f"unknown quantization {name!r}" + (" of the mmproj file" if part is For.MMPROJ else ""),
+        expected=", ".join(preset_names(part)) + ", or a recipe file ending in .toml",
         found=name,
         fix=(f"did you mean {known[close[0]]}? " if close else "") + "`gguf3n recipes list` tells them all",
     )
 
 
-@lru_cache(maxsize=1)
-def _presets() -> Mapping[str, Any]:
-    """Name -> file of everything in presets/."""
-    entries = (files("gguf3n.recipes") / "presets").iterdir()
+@lru_cache(maxsize=len(For))
+def _presets(part: For) -> Mapping[str, Any]:
+    """Name -> file of everything in presets/, or in its folder for the encoders."""
+    folder = files("gguf3n.recipes") / "presets"
+    entries = (folder if part is For.TEXT else folder / part.value).iterdir()
     return {entry.name.removesuffix(SUFFIX): entry for entry in entries if entry.name.endswith(SUFFIX)}
 
 
 @lru_cache(maxsize=256)
-def _preset(name: str) -> RecipeFile:
-    return parse(_presets()[name].read_text(encoding="utf-8"), name, strict=False)
+def _preset(name: str, part: For) -> RecipeFile:
+    return parse(_presets(part)[name].read_text(encoding="utf-8"), name, strict=False)
 
 
-def _build(chain: _Chain, name: str) -> Recipe:
+def _build(chain: _Chain, name: str, part: For) -> Recipe:
     def setting(key: str, default: Any = None) -> Any:
         return next((table[key] for table in chain.settings if key in table), default)
 
@@ -190,9 +211,11 @@ def _build(chain: _Chain, name: str) -> Recipe:
         ple=setting("ple"),
         unevaluated=setting("unevaluated"),
         keep=setting("keep", Keep.F16),
+        image_rows=setting("image_rows", ImageRows.MODEL),
         n_layers=setting("n_layers"),
         summary=setting("summary", ""),
         note=setting("note", ""),
+        part=part,
     )
 
 

@@ -42,6 +42,13 @@ UNEVALUATED_SUBSTITUTE = QType.Q2_K
 """# Why: of the types that need no importances, the smallest that every engine and GPU backend has."""
 
 
+class For(enum.Enum):
+    """The file that a recipe is for."""
+
+    TEXT = "text"
+    MMPROJ = "mmproj"
+
+
 class Keep(enum.Enum):
     """The type of the matrices that are never quantized."""
 
@@ -51,6 +58,15 @@ class Keep(enum.Enum):
     SOURCE = "source"
     """As in the checkpoint; BF16 for one in F32."""
     F32 = "f32"
+
+
+class ImageRows(enum.Enum):
+    """What the embedding tables have for <end_of_image>, where the checkpoint has a vision encoder."""
+
+    MODEL = "model"
+    """What the model embeds it as."""
+    LLAMA_CPP = "llama.cpp"
+    """Padding, as llama.cpp's converter writes it."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +158,12 @@ class Recipe:
         token_embd, ple: of the two embedding tables, where no rule matches; else the base type.
         unevaluated: of weights that are never used; None treats them like all others.
         keep: of the matrices that are never quantized.
+        image_rows: of the embedding tables.
         n_layers: of the model that it is for, if it is for one only.
         summary: one line of advice.
         note: what else a user should know, such as that it is a reconstruction.
         overrides: rules of the command line.
+        part: the file that it is for.
     """
 
     name: str
@@ -156,10 +174,12 @@ class Recipe:
     ple: QType | None = None
     unevaluated: QType | None = None
     keep: Keep = Keep.F16
+    image_rows: ImageRows = ImageRows.MODEL
     n_layers: int | None = None
     summary: str = ""
     note: str = ""
     overrides: tuple[Rule, ...] = ()
+    part: For = For.TEXT
 
     def resolve(self, tensor: Tensor) -> Decision:
         """The type of a tensor that may be quantized.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from gguf3n.recipes.model import Recipe, Rule
+from gguf3n.recipes.model import For, Recipe, Rule
 from gguf3n.recipes.toml import BASE, CONDITIONS, RULES
 
 
@@ -17,16 +17,23 @@ def format_recipe(recipe: Recipe, comments: Sequence[str] = ()) -> str:
     """
     settings: list[tuple[str, object]] = [("name", recipe.name)]
     settings += [(key, text) for key, text in (("summary", recipe.summary), ("note", recipe.note)) if text]
+    if recipe.part is not For.TEXT:
+        settings.append(("for", recipe.part.value))
     settings += [
         ("ftype", recipe.ftype.name.removeprefix("MOSTLY_").removeprefix("ALL_")),
         ("type", recipe.qtype.name),
+    ]
+    text_settings: list[tuple[str, object]] = [
         ("token_embd", BASE if recipe.token_embd is None else recipe.token_embd.name),
         ("ple", BASE if recipe.ple is None else recipe.ple.name),
         ("unevaluated", RULES if recipe.unevaluated is None else recipe.unevaluated.name),
         ("keep", recipe.keep.value),
+        ("image_rows", recipe.image_rows.value),
     ]
     if recipe.n_layers is not None:
-        settings.append(("n_layers", recipe.n_layers))
+        text_settings.append(("n_layers", recipe.n_layers))
+    if recipe.part is For.TEXT:
+        settings += text_settings
     lines = [f"# {line}".rstrip() for line in comments]
     lines += [f"{key} = {_value(value)}" for key, value in settings]
     for rule in recipe.rules:

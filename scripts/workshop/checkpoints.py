@@ -3,7 +3,7 @@
 The names and shapes of the full sizes come from fixtures/inventories. The tiny model has what llama.cpp fixes for this
 architecture (20 layers with keys and values of their own, 10 sparse ones, per-layer width 256, laurel rank 64, four
 AltUp inputs, one FFN width) and is small elsewhere. Of its two layers with shared keys and values one is sliding and
-one is full, so both sources are read.
+one is full, so both sources are read. Its vision and audio towers stand in workshop/towers.py.
 
 Random weights of unit size make a chaotic network, in which a rounding error in the first layer decides the last logit.
 These are well conditioned instead (see `spread`): quantization errors stay in proportion, and engines can be compared.
@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from workshop import small_tokenizer as small
+from workshop import towers
 from workshop.places import FIXTURES
 
 INVENTORIES = FIXTURES / "inventories"
@@ -47,9 +48,6 @@ SHARED_KV = re.compile(r"\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
 
 BLOCK = 16_777_213  # the largest prime below 2^24
 FRESH = 1 << 20  # tensors up to this many values get noise of their own
-
-# one size of tensor for each room of the other modalities is enough to see that they are told apart
-TINY_MULTIMODAL = re.compile(r"embed_(vision|audio)|conv_stem|msfa|blocks\.\d\.[01]\.|conformer\.[01]\.|subsample")
 
 
 @dataclass(frozen=True)
@@ -113,13 +111,8 @@ def tiny_config() -> dict[str, Any]:
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "activation_sparsity_pattern": [0.95] * 10 + [0.0] * (n_layers - 10),
     }
-    config["vision_config"] |= {"vocab_size": n_soft, "vocab_offset": n_pieces, "hidden_size": 16}
-    config["audio_config"] |= {
-        "vocab_size": n_soft,
-        "vocab_offset": n_pieces + n_soft,
-        "hidden_size": 16,
-        "conf_num_hidden_layers": 2,
-    }
+    config["vision_config"] |= {"vocab_size": n_soft, "vocab_offset": n_pieces, **towers.VISION_CONFIG}
+    config["audio_config"] |= {"vocab_size": n_soft, "vocab_offset": n_pieces + n_soft, **towers.AUDIO_CONFIG}
     return config | {
         "boi_token_id": 1016,
         "boa_token_id": 1017,
@@ -157,12 +150,11 @@ def tiny_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if name.startswith(PUBLISHED):
             part = name.removesuffix(".weight").rpartition(".")[2]
             shapes[name] = special.get(part) or tuple(lengths.get(n, n) for n in shape)
-        elif TINY_MULTIMODAL.search(name):
-            shapes[name] = tuple(min(n, 16) for n in shape)
-    shapes["model.embed_vision.embedding.weight"] = (config["vision_config"]["vocab_size"], 16)
-    shapes["model.embed_audio.embedding.weight"] = (config["audio_config"]["vocab_size"], 16)
-    shapes["model.embed_vision.embedding_projection.weight"] = (hidden, 16)
-    shapes["model.embed_audio.embedding_projection.weight"] = (hidden, 16)
+        elif small_name := towers.tiny_name(name):
+            shapes[small_name] = towers.tiny_shape(shape)
+    for modality in ("vision", "audio"):
+        section = config[f"{modality}_config"]
+        shapes[f"model.embed_{modality}.embedding.weight"] = (section["vocab_size"], section["hidden_size"])
     return shapes
 
 
@@ -172,6 +164,8 @@ def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     Why: what a layer adds to the residual stream is a fifth of what is there (the `post_*norm` weights), AltUp's mixing
     coefficients stay near the identity, and matrices neither grow nor shrink their input much.
     """
+    if not name.startswith(PUBLISHED):
+        return towers.spread(name, shape)
     part = name.removesuffix(".weight").rpartition(".")[2]
     if part in ("prediction_coefs", "correction_coefs"):
         return 0.0, 0.02
@@ -429,6 +423,9 @@ def make(directory: Path, options: Options) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+    if options.multimodal:
+        image_size = towers.IMAGE_SIZE if options.size == "tiny" else towers.FULL_IMAGE_SIZE
+        texts |= towers.processor_files(image_size)
     for name, text in texts.items():
         (directory / name).write_text(text, "utf-8")
     for name, contents in tokenizer_of(options).items():

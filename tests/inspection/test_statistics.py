@@ -555,7 +555,7 @@ def test_all_tensors_and_a_wide_line(run: Run, multimodal: Path, monkeypatch: py
     assert plain(out) and len(out.splitlines()) > 659
     monkeypatch.setattr("gguf3n.cli.stats.line_width", lambda: 150)
     _, out = run(multimodal, "--all")
-    assert "16 x 16 x 3 x 3" in out and "BF16" in out and "…" not in out
+    assert "64 x 16 x 3 x 3" in out and "BF16" in out and "…" not in out
 
 
 def test_f16_risk(run: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:
