@@ -119,11 +119,6 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
     return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))
 
 
-def gguf_part(source: GGUFSource) -> Part:
-    """What a GGUF file holds, of whichever kind it is. Raises: as `text_part`."""
-    return mmproj_part(source) if _architecture(source) == mmproj.ARCH else text_part(source)
-
-
 def _architecture(source: GGUFSource) -> str:
     key = source.gguf.keys.get(Keys.General.ARCHITECTURE)
     return "none" if key is None else str(key.value)

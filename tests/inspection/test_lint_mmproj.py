@@ -20,6 +20,7 @@ from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.inspection import summary
 from gguf3n.inspection.f16_inputs import input_bounds
 from gguf3n.inspection.lint import CHECKS, Group, lint
+from gguf3n.inspection.repair import FIXES, repair
 from gguf3n.inspection.subject import Subject
 from tests.inspection.faults import (
     Plant,
@@ -108,6 +109,15 @@ def test_a_fault_is_named(copy: Path, check_id: str) -> None:
     plant, more = PLANTS[check_id]
     path = plant(copy) or copy
     assert ids(path) == {check_id} | more
+
+
+@pytest.mark.parametrize("check_id", [check_id for check_id in FIXES if check_id in PLANTS])
+def test_a_fault_is_mended(copy: Path, converted: dict[str, Path], check_id: str) -> None:
+    sound = copy.read_bytes()
+    PLANTS[check_id][0](copy)
+    assert [fix.check_id for fix in repair(copy).fixes] == [check_id]
+    assert copy.read_bytes() == sound
+    assert repair(converted["audio"], dry_run=True).fixes == ()
 
 
 def test_a_tower_of_another_kind(copy: Path) -> None:
