@@ -14,6 +14,7 @@ import pytest
 
 import gguf3n
 from gguf3n.errors import ConfigError, Gguf3nError, MappingError, SourceError, UsageError
+from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.rows import SourceTensor, Stored, stored_tensors
 from gguf3n.gemma3n import mmproj, tower
@@ -24,6 +25,7 @@ from gguf3n.gemma3n.source import Checkpoint
 from gguf3n.planning import estimate_encoders, make_plan
 from gguf3n.recipes import For, find_recipe, preset_names
 from tests import micro
+from tests.inspection.faults import change_tensor, drop_tensors, set_key
 from workshop import checkpoints
 from workshop.places import FIXTURES
 
@@ -485,9 +487,23 @@ def test_each_file_where_the_other_is_wanted(seeing: Path, tmp_path: Path) -> No
         assert error.value.fix and "--" in error.value.fix
 
 
-def test_a_vector_of_an_older_converter_becomes_a_map(seeing: Path, tmp_path: Path) -> None:
-    from tests.inspection.faults import change_tensor
+def test_files_of_other_encoders(seeing: Path, tmp_path: Path) -> None:
+    (written,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "mmproj.gguf", audio=False)
+    with pytest.raises(SourceError, match="no audio encoder"):
+        mmproj_part(gguf3n.read_gguf(written.path), vision=False)
+    change_tensor(written.path, "v.conv_stem.bn.weight", shape=(4, 2))
+    with pytest.raises(MappingError, match="has the wrong shape"):
+        mmproj_part(gguf3n.read_gguf(written.path))
+    change_tensor(written.path, "v.conv_stem.bn.weight", shape=(8,))
+    drop_tensors(written.path, "v.msfa.norm.weight")
+    with pytest.raises(MappingError, match=r"'v\.msfa\.norm\.weight' is missing"):
+        mmproj_part(gguf3n.read_gguf(written.path))
+    set_key(written.path, "clip.vision.projector_type", VT.STRING, "gemma3")
+    with pytest.raises(SourceError, match="the encoders of another model"):
+        mmproj_part(gguf3n.read_gguf(written.path))
 
+
+def test_a_vector_of_an_older_converter_becomes_a_map(seeing: Path, tmp_path: Path) -> None:
     (sound,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "sound.gguf")
     broken = Path(shutil.copy(sound.path, tmp_path / "broken.gguf"))
     name = "v.blk.1.1.layer_scale.gamma"
