@@ -29,7 +29,7 @@ MODEL = "llama"
 WHOLE = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 """Types of the tokens that are found in a text before the rest is merged from letters."""
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]
 """Messages, each with a role and its content."""
 
 ADDS: Mapping[str, bool] = {
