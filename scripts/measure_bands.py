@@ -2,7 +2,7 @@
 
     python scripts/measure_bands.py            print the table
     python scripts/measure_bands.py --check    compare it with the one that is there
-    python scripts/measure_bands.py --stale    what rows of another version of the weights look like instead
+    python scripts/measure_bands.py --stale    print from which difference on other weights are told: the table SHOWN
 
 Rows of four kinds (Gaussian, Laplace, Student t with 4 degrees of freedom, Gaussian with single outliers), of 256 and
 2,048 weights, in the precision of a checkpoint, are quantized with our own quantizers, which give llama.cpp's bytes:
@@ -18,10 +18,7 @@ import sys
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.quants import QUANTIZERS
 from gguf3n.validation.bands import BANDS, Band, Spread
-from workshop.bands import agree, measure, samples
-
-STALE = (0.005, 0.01, 0.02, 0.05)
-"""Of --stale: the other version's difference, relative to the root mean square of the weights."""
+from workshop.bands import agree, measure, shown
 
 
 def literal(qtype: QType, band: Band) -> str:
@@ -34,19 +31,6 @@ def call(spread: Spread) -> str:
     return f"Spread({spread.ratio:g}, {spread.misplaced:g}, {spread.row_misplaced:g})"
 
 
-def print_stale(qtype: QType) -> None:
-    """The smallest ratio and share of misplaced weights over all rows, for each difference."""
-    for weighted in (False, True):
-        cells = []
-        for stale in STALE:
-            spreads = [s.spread for s in samples(qtype, stale) if (s.weights is not None) == weighted]
-            if spreads:
-                ratio, share = min(s.ratio for s in spreads), min(s.misplaced for s in spreads)
-                cells.append(f"{stale:5.1%} {ratio:8.4f} {share:9.5f}")
-        if cells:
-            print(f"{qtype.name:8}{'weighted' if weighted else 'plain':9}", " | ".join(cells), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="names of types; all of them without any")
@@ -56,7 +40,8 @@ def main() -> None:
     qtypes = [QType[name] for name in args.types] or list(QUANTIZERS)
     if args.stale:
         for qtype in qtypes:
-            print_stale(qtype)
+            if (row := shown(qtype)) is not None:
+                print(f"    QType.{qtype.name}: Shown({row.version}, {row.scale}),", flush=True)
         return
     wrong = []
     for qtype in qtypes:

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.rows import Values
 from gguf3n.validation.bands import FEW, HOLDS, MARGIN, ROW_RATIO, Spread
-from gguf3n.validation.weights import Pair, dequantize_into
-from gguf3n.validation.yardsticks import PerRow, error, misplaced, row_errors
+from gguf3n.validation.rules import RULES, floor, impossible, off_columns, rule_breakers
+from gguf3n.validation.weights import dequantize_into
+from gguf3n.validation.yardsticks import (
+    ERROR,
+    FOUND,
+    N_SUMS,
+    PRODUCT,
+    SOURCE,
+    PerRow,
+    error,
+    misplaced,
+    relative,
+    row_errors,
+    sum_rows,
+)
 
 UNRELATED = 0.25
 """Rows are strangers if their cosine and their surplus of equal signs are both below this.
@@ -22,13 +36,29 @@ NEGLIGIBLE = 1e-3
 """A relative error that blocks always may have: a scale of half precision can't be nearer."""
 MIN_ROWS_FOR_COLUMNS = 16
 """To say of a column that it is zero everywhere."""
+MOSTLY = 0.5
+"""Of the blocks have the bytes of our quantizer where it was given the same importances.
+
+# measured: ggml compiled with FMA and without: other bytes in up to 17 % of the blocks
+"""
+BLOCK_RATIO = 1.5
+"""The error of a block over that of ours, where all others have our bytes, that nothing but a fault explains."""
+RARE = 1e-3
+"""Share of blocks that may be all zero without one in the sample."""
+BEYOND_CHANCE = 15
+"""Decimal exponent of the chance that so many blocks that follow each other are all zero. Why: there are billions."""
+FACTORS = (0.6, 1.67)
+"""Of a block's length, over that of ours: beyond, the importances would have to be odd ones."""
+
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Evidence:
     """Rows of the source, of the file, and of the source requantized.
 
-    Shapes: x, q, own float32[n_rows, n_per_row]; errors, own_errors, misplaced, own_misplaced, bad [n_rows].
+    Shapes: x, q, own float32[n_rows, n_per_row]; errors, own_errors, misplaced, own_misplaced, bad [n_rows]; same,
+    worse, odd [n_rows, n_blocks].
     """
 
     rows: NDArray[np.int64]
@@ -39,11 +69,37 @@ class Evidence:
     own_errors: PerRow
     misplaced: PerRow
     own_misplaced: PerRow
-    bad: NDArray[np.bool_]
-    identical: bool
-    """The file's bytes are those of our quantizer."""
+    bad: Flags
+    same: Flags
+    """Blocks that have the bytes of our quantizer."""
+    worse: Flags
+    """Blocks with a much larger error than ours: nothing but a fault, where the others have our bytes."""
+    odd: Flags
+    """Blocks that are much longer or shorter than ours."""
+    unruly: float
+    """The share of weights that break a rule which no importances change."""
+    factor: float
+    """Of the columns' lengths, where no importances explain it: see `off_columns`."""
+    vanishing: float
+    """The share of its blocks that most rows have zeros in and ours has not, of those that are not zero in all rows."""
     n_idle: int
     """Columns left out: see idle_columns."""
+
+    @property
+    def identical(self) -> bool:
+        """The file's bytes are those of our quantizer."""
+        return bool(self.same.all())
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the rows were made with the importances that ours were."""
+        return bool(self.same.mean() >= MOSTLY) if self.same.size else True
+
+    @property
+    def alive(self) -> Flags:
+        """By blocks of a row, whether one is not all zero. Shapes: [n_blocks]."""
+        found: Flags = self.q.reshape(len(self.q), self.same.shape[1], -1).any(axis=2).any(axis=0)
+        return found
 
     @property
     def error(self) -> float:
@@ -77,9 +133,14 @@ class Evidence:
         """Whether the error is at most this many times that of requantizing."""
         return self.error <= negligible(qtype) or self.ratio <= ratio
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether some importances, unknown ones, explain the rows."""
+        return not self.bad.any() and self.unruly <= FEW and self.factor == 1
+
 
 def examine(
-    pair: Pair,
+    qtype: QType,
     rows: NDArray[np.int64],
     x: Values,
     blocks: NDArray[np.uint8],
@@ -88,27 +149,105 @@ def examine(
     allowed: Spread,
     *,
     weighted: bool,
+    usual: Evidence | None = None,
 ) -> Evidence:
     """Judge each row.
 
     Args:
-        weighted: the file was made with an importance matrix that is not at hand.
+        weighted: the file was made with an importance matrix that is not at hand: a row is bad only where no matrix
+            explains it.
+        usual: the sample, for other rows.
     """
     idle = idle_columns(x, q) if weighted else np.zeros(x.shape[1], bool)
     x = np.where(idle, np.float32(0), x) if idle.any() else x
-    own_blocks, own = requantize(x, pair.qtype, quant_weights)
+    own_blocks, own = requantize(x, qtype, quant_weights)
     errors, own_errors = row_errors(x, q), row_errors(x, own)
-    same = (own_blocks == blocks).all(axis=1)
-    shares = misplaced(x, q, pair.qtype)
-    own_shares = shares if same.all() else misplaced(x, own, pair.qtype)
-    bad: NDArray[np.bool_] = ~np.isfinite(errors) | (~q.any(axis=1) & own.any(axis=1))
-    bad |= shares > allowed.row_misplaced + own_shares
-    bad |= _unrelated(x, q) & ~_unrelated(x, own)
-    if not weighted:
-        bad |= errors > np.maximum(ROW_RATIO * own_errors, negligible(pair.qtype))
+    n_blocks = x.shape[1] // GGML_TYPES[qtype].weights
+    same: Flags = (own_blocks == blocks).reshape(len(x), n_blocks, -1).all(axis=2)
+    shares = misplaced(x, q, qtype)
+    own_shares = shares if same.all() else misplaced(x, own, qtype)
+    worse, odd = _unlike_ours(x, q, own, same, qtype)
+    bad: Flags = ~np.isfinite(errors) | (_unrelated(x, q) & ~_unrelated(x, own))
+    unruly, factor, rate = 0.0, 1.0, 0.0
+    if weighted and not same.all():
+        filled, ours = (values.reshape(len(q), n_blocks, -1).any(axis=2) for values in (q, own))
+        alive = filled.any(axis=0) if usual is None else usual.alive
+        bad |= impossible(x, q, blocks, qtype, alive).any(axis=1)
+        gone = ours & ~filled
+        rate = float(np.median(gone[:, alive].mean(axis=1))) if usual is None and alive.any() else 0.0
+        rate = rate if usual is None else usual.vanishing
+        bad |= ours.any(axis=1) & ~alive.any() | (_longest(gone & alive) * -np.log10(rate + RARE) > BEYOND_CHANCE)
+        unruly = float(rule_breakers(x, q, blocks, qtype)[~bad].mean()) if not bad.all() else 0.0
+        factor = off_columns(x, q, qtype) if len(x) >= MIN_ROWS_FOR_COLUMNS else 1.0
+    elif not weighted:
+        bad |= ~q.any(axis=1) & own.any(axis=1)
+        bad |= shares > allowed.row_misplaced + own_shares
+        bad |= errors > np.maximum(ROW_RATIO * own_errors, negligible(qtype))
+    bad &= ~same.all(axis=1)
     return Evidence(
-        rows, x, q, own, errors, own_errors, shares, own_shares, bad & ~same, bool(same.all()), int(idle.sum())
+        rows=rows,
+        x=x,
+        q=q,
+        own=own,
+        errors=errors,
+        own_errors=own_errors,
+        misplaced=shares,
+        own_misplaced=own_shares,
+        bad=bad,
+        same=same,
+        worse=worse,
+        odd=odd,
+        unruly=unruly,
+        factor=factor,
+        vanishing=rate,
+        n_idle=int(idle.sum()),
     )
+
+
+def _longest(flags: Flags) -> NDArray[np.int64]:
+    """The most flags that follow each other in each row."""
+    runs = np.zeros(len(flags), np.int64)
+    longest = np.zeros(len(flags), np.int64)
+    for column in flags.T:
+        runs = (runs + 1) * column
+        longest = np.maximum(longest, runs)
+    return longest
+
+
+def _unlike_ours(x: Values, q: Values, own: Values, same: Flags, qtype: QType) -> tuple[Flags, Flags]:
+    """Blocks that are much worse than ours, and those that are much longer or shorter. Shapes: [n_rows, n_blocks]."""
+    if same.all():
+        return np.zeros_like(same), np.zeros_like(same)
+    unit = GGML_TYPES[qtype].weights
+    least = floor(qtype, unit)
+    found, ours = (np.empty((same.size, N_SUMS)) for _ in range(2))
+    sum_rows(x.reshape(same.size, -1), q.reshape(same.size, -1), found)
+    sum_rows(x.reshape(same.size, -1), own.reshape(same.size, -1), ours)
+    errors, own_errors = (relative(sums[:, ERROR], sums[:, SOURCE] + least) for sums in (found, ours))
+    worse: Flags = errors > np.maximum(BLOCK_RATIO * own_errors, negligible(qtype))
+    with np.errstate(all="ignore"):
+        lengths = [(sums[:, PRODUCT] + least) / (sums[:, FOUND] + least) for sums in (found, ours)]
+        factor = lengths[0] / lengths[1]
+    odd: Flags = ~((factor >= FACTORS[0]) & (factor <= FACTORS[1]))
+    odd &= qtype in RULES and not RULES[qtype].tells_scales
+    places = np.flatnonzero(odd)
+    middle = _middle_factors(x, q, own, places, same.size)
+    odd[places] = ~((middle >= FACTORS[0]) & (middle <= FACTORS[1]))
+    odd |= (found[:, FOUND] == 0) & (ours[:, FOUND] > 0) & (found[:, SOURCE] > least)
+    return worse.reshape(same.shape) & ~same, odd.reshape(same.shape) & ~same
+
+
+def _middle_factors(x: Values, q: Values, own: Values, places: NDArray[np.int64], n_blocks: int) -> PerRow:
+    """The median of x / q in these blocks, over that of ours. Why: a huge weight may be cut off, but no others."""
+    a, b, c = (values.reshape(n_blocks, -1)[places].astype(np.float64) for values in (x, q, own))
+    counts = (b != 0) & (c != 0)
+    medians = []
+    with np.errstate(all="ignore"):
+        for values in (b, c):
+            shares = np.sort(np.where(counts, a / values, np.inf), axis=1)
+            medians.append(np.take_along_axis(shares, counts.sum(axis=1, keepdims=True) // 2, axis=1)[:, 0])
+        factors: PerRow = medians[0] / medians[1]
+    return np.where(counts.any(axis=1), factors, 1.0)
 
 
 def requantize(
@@ -135,20 +274,20 @@ def negligible(qtype: QType) -> float:
     return 0.0 if qtype in HOLDS else NEGLIGIBLE
 
 
-def idle_columns(x: Values, q: Values) -> NDArray[np.bool_]:
+def idle_columns(x: Values, q: Values) -> Flags:
     """Columns that are zero in every row of the file and not in the source; none if all are.
 
     Why: llama.cpp's quantizers write zeros for blocks whose columns have no counts in the importance matrix.
     """
-    used: NDArray[np.bool_] = np.asarray(x.any(axis=0))
-    idle: NDArray[np.bool_] = used & ~np.asarray(q.any(axis=0))
+    used: Flags = np.asarray(x.any(axis=0))
+    idle: Flags = used & ~np.asarray(q.any(axis=0))
     return idle if len(x) >= MIN_ROWS_FOR_COLUMNS and (idle != used).any() else np.zeros_like(idle)
 
 
-def _unrelated(x: Values, q: Values) -> NDArray[np.bool_]:
+def _unrelated(x: Values, q: Values) -> Flags:
     with np.errstate(all="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64) * np.einsum("ij,ij->i", q, q, dtype=np.float64))
         cosine = np.einsum("ij,ij->i", x, q, dtype=np.float64) / lengths
-        agreement = (np.sign(x) * np.sign(q)).mean(axis=1)
-    found: NDArray[np.bool_] = (cosine < UNRELATED) & (agreement < UNRELATED)
+        agreement = (np.sign(x) * np.sign(q)).sum(axis=1) / np.maximum((x != 0).sum(axis=1), 1)
+    found: Flags = (cosine < UNRELATED) & (agreement < UNRELATED)
     return found

@@ -10,9 +10,12 @@
     tokenizer.ggml.bos_token_id       it is the same
     tokenizer.ggml.eos_token_id       it is one of Gemma's two ends, of a text or of a turn
     tokenizer.ggml.eot_token_id       it is the end of a turn
+    tokenizer.ggml.eom and fim ids    they are the source's, as a rule none; `EXTRA_IDS` says which end generation
     tokenizer.ggml.add_*              it means the same; where it is missing, what llama.cpp takes (`ADDS`)
+    general.sampling.*                it is the source's, or what Gemma 3n was published with; else a warning, as every
+                                      engine lets its user choose, and takes these only where none are chosen
     tokenizer.chat_template           it is the same but for whitespace
-    everything else                   lint has nothing against it: names, sampling, padding and unknown tokens
+    everything else                   lint has nothing against it: names, padding and unknown tokens
 
 The types of keys are lint's: each of these has one that readers demand.
 
@@ -40,7 +43,7 @@ from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.text import ARCH
 from gguf3n.inspection import lint
 from gguf3n.inspection.checks_model import REQUIRED
-from gguf3n.inspection.checks_vocabulary import END_OF_TURN, SPECIAL_IDS
+from gguf3n.inspection.checks_vocabulary import END_OF_TURN, SAMPLING, SPECIAL_IDS
 from gguf3n.inspection.subject import Subject
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.document import Block, Text
@@ -104,6 +107,25 @@ KINDS: Mapping[int, str] = {
     TokenType.UNKNOWN: "whole",
 }
 """How llama.cpp comes to a token of each type: merged from letters, for a byte, or found whole before that."""
+
+EXTRA_IDS: Mapping[str, Verdict] = {
+    Keys.Tokenizer.EOM_ID: Verdict.FAIL,
+    Keys.Tokenizer.FIM_PAD_ID: Verdict.FAIL,
+    Keys.Tokenizer.FIM_REP_ID: Verdict.FAIL,
+    Keys.Tokenizer.FIM_SEP_ID: Verdict.FAIL,
+    Keys.Tokenizer.FIM_PRE_ID: Verdict.WARN,
+    Keys.Tokenizer.FIM_SUF_ID: Verdict.WARN,
+    Keys.Tokenizer.FIM_MID_ID: Verdict.WARN,
+    "tokenizer.ggml.prefix_token_id": Verdict.WARN,
+    "tokenizer.ggml.suffix_token_id": Verdict.WARN,
+    "tokenizer.ggml.middle_token_id": Verdict.WARN,
+}
+"""Tokens that Gemma has none of, and how bad it is to name one: a failure where generation ends at it, a warning where
+only filling in the middle of a text uses it.
+
+Source: llama_vocab::impl::load of llama.cpp, where special_eog_ids is filled.
+"""
+SAMPLING_KEYS = "general.sampling."
 
 _BOS = r"(?:\{\{-?\s*bos_token\s*-?\}\}|\{\{-?\s*['\"]<bos>['\"]\s*-?\}\}|<bos>)"
 TWO_BOS = re.compile(rf"\A\s*(?:{_BOS}\s*){{2}}")
@@ -180,6 +202,8 @@ def _compare(subject: Subject, source: Part) -> Iterator[Problem]:
         yield from _model_keys(gguf, expected)
     yield from _vocabulary(subject, expected)
     yield from _special_tokens(gguf, expected)
+    yield from _extra_ids(subject, expected)
+    yield from _sampling(gguf, expected)
     yield from _chat_template(gguf, expected.get(Keys.Tokenizer.CHAT_TEMPLATE))
 
 
@@ -392,6 +416,35 @@ def _special_tokens(gguf: GGUFFile, expected: Values) -> Iterator[Problem]:
         wanted, found = expected.get(name, default), gguf.value(name) if name in gguf.keys else default
         if wanted != found:
             yield _fail(name, wanted, found)
+
+
+def _extra_ids(subject: Subject, expected: Values) -> Iterator[Problem]:
+    """Ids that the source has otherwise; those of a token at which generation ends anyway do nothing."""
+    ends = {END_OF_TURN, *dict(SPECIAL_IDS)[Keys.Tokenizer.EOS_ID]}
+    for name, verdict in EXTRA_IDS.items():
+        wanted = expected.get(name)
+        found = subject.gguf.value(name) if name in subject.gguf.keys else None
+        if found == wanted:
+            continue
+        piece = subject.tokens[found] if isinstance(found, int) and 0 <= found < len(subject.tokens) else None
+        if verdict is Verdict.FAIL and wanted is None and piece in ends:
+            continue
+        does = "generation ends at it" if verdict is Verdict.FAIL else "filling in the middle of a text uses it"
+        texts = ["none" if value is None else _text(value) for value in (wanted, found)]
+        shown = f", which is {piece!r}" if piece is not None else ""
+        yield Problem(verdict, name, f"expected {texts[0]}, found {texts[1]}{shown}: {does}")
+
+
+def _sampling(gguf: GGUFFile, expected: Values) -> Iterator[Problem]:
+    """Defaults of generation that are neither the source's nor the published ones; lint notes missing ones."""
+    published = dict(SAMPLING)
+    for name in (name for name in gguf.keys if name.startswith(SAMPLING_KEYS)):
+        wanted, found = expected.get(name, published.get(name)), gguf.value(name)
+        if wanted is None or _difference(wanted, found):
+            what = (
+                f"expected {'no such key' if wanted is None else _text(wanted)}, found {_text(found)}: programs that "
+            )
+            yield Problem(Verdict.WARN, name, what + "are told nothing else generate with it")
 
 
 def _chat_template(gguf: GGUFFile, expected: Any) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.plots import LayerError, error_svg
+from gguf3n.validation.bands import SHOWN
 from gguf3n.validation.document import Block, Picture, Table, Text
 from gguf3n.validation.result import StageResult
 
@@ -81,13 +82,27 @@ class TensorsResult(StageResult):
             low, high = worst.expected
             lines.append(f"worst: {worst.name}, {worst.qtype.name}:")
             lines.append(f"relative error {worst.rms_error:.3g}, expected {low:.3g} to {high:.3g}")
-        return lines
+        return [*lines, *self.shows]
+
+    @property
+    def shows(self) -> list[str]:
+        """What a pass means: which differences of a whole tensor would have shown, by types."""
+        exact = list(dict.fromkeys(error.qtype.name for error in self.errors if error.identical))
+        lines = [f"shows any other version or scale: {', '.join(exact)} (same bytes)"] if exact else []
+        by_text: dict[str, list[str]] = {}
+        for qtype in dict.fromkeys(error.qtype for error in self.errors if not error.identical):
+            if qtype in SHOWN:
+                text = f"another version {_from(SHOWN[qtype].version)}, another scale {_from(SHOWN[qtype].scale)}"
+                by_text.setdefault(text, []).append(qtype.name)
+        unknown = "without their importance matrix"
+        return [*lines, *(f"shows {text}: {', '.join(names)} ({unknown})" for text, names in by_text.items())]
 
     def details(self) -> dict[str, Any]:
         return {
             "weighted": self.weighted,
             "n_identical": self.n_identical,
             "notes": list(self.notes),
+            "shows": self.shows,
             "tensors": [error.as_dict() for error in self.errors],
         }
 
@@ -100,7 +115,7 @@ class TensorsResult(StageResult):
             f"{len(errors):,} tensors; of {self.n_identical:,}, the sampled rows have the bytes that gguf3n's own "
             "quantizers make of the source."
         )
-        for note in self.notes:
+        for note in (*self.notes, *self.shows):
             yield Text(note)
         by_type: dict[str, list[TensorError]] = {}
         for error in errors:
@@ -140,6 +155,10 @@ class TensorsResult(StageResult):
         )
         yield Text(f"The worst {len(worst)} of {len(errors):,} tensors:")
         yield Table(("tensor", "type", "error", "expected", "maximum", "cosine", "worst row"), "<<>>>>>", worst, (0,))
+
+
+def _from(difference: float | None) -> str:
+    return "never" if difference is None else f"from {difference:.1%}".replace(".0%", "%")
 
 
 def _kind(name: str) -> str:

@@ -1,11 +1,18 @@
 """Every tensor of a GGUF file, dequantized and held against its source, in one pass of bounded memory.
 
-Each row's relative error is measured. Then some rows of every tensor, and those that stand out, are quantized again and
-judged by what our own quantizer makes of them (see evidence and yardsticks): a file is sound where its error is that
-of its type on these very weights, and where its levels are those that the source's weights round to.
+Each row's relative error is measured, and what its worst unit of weights is like. Then some rows of every tensor, and
+those that stand out, are quantized again with our own quantizer (see evidence), whose bytes are llama.cpp's:
+
+    the sample has our bytes       the tensor is proved, and so is each row that stands out: it has them too, or is wrong
+    it has not, and no importance  the file is sound where its error is that of its type on these very weights, and its
+    matrix was used, or a known    levels are those that the weights round to (see bands and yardsticks): ggml may have
+                                   been compiled in another way
+    an unknown one was used        only what no importances explain is a failure (see rules); what most don't is a
+                                   warning, which `--imatrix` decides
 
     fault                                      shows in
     zeroed, foreign, shifted, damaged rows     their own errors: 1.0, 1.4, more
+    a damaged block                            what its unit is like: error and length
     another tensor, transposed, scaled         the error of the sample, many times that of requantizing
     an older version of the weights            levels that are not nearest to the source's weights
     a value where the source has none          an infinite error
@@ -25,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import Interrupted
-from gguf3n.formats.ggml_types import Rounding
+from gguf3n.formats.ggml_types import GGML_TYPES, Rounding
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile
 from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, Values
@@ -34,20 +41,25 @@ from gguf3n.gemma3n.mapping import MappedTensor
 from gguf3n.gemma3n.part import Part
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
-from gguf3n.validation.bands import BANDS, HOLDS, MARGIN, Spread, expected_error, limits
+from gguf3n.validation.bands import BANDS, FEW, HOLDS, MARGIN, Spread, expected_error, limits
 from gguf3n.validation.diagnosis import MAX_ROWS, Suspect, diagnose
 from gguf3n.validation.evidence import Evidence, examine, requantize
 from gguf3n.validation.result import Problem, Stage, Verdict
+from gguf3n.validation.rules import RULES, floor
 from gguf3n.validation.tensor_errors import TensorError, TensorsResult
 from gguf3n.validation.weights import Pair, WeightReader, dequantize_into, tensor_chunks
 from gguf3n.validation.yardsticks import (
     ERROR,
     FOUND,
     LARGEST,
+    LEAST,
+    MOST,
     N_SUMS,
     PRODUCT,
     ROUNDING,
     SOURCE,
+    VANISHED,
+    WORST,
     PerRow,
     relative,
     sum_rows,
@@ -57,20 +69,34 @@ from gguf3n.workers import default_threads, run_workers
 SAMPLE_WEIGHTS = 1 << 17
 """Of each tensor, quantized again."""
 MIN_SAMPLE_ROWS = 16
-MAX_SUSPECTS = 32
-"""Rows that stand out, of one tensor, quantized again: the worst, and as many others."""
+UNIT = 256
+SMALL_UNIT = 128
+"""Consecutive weights that are looked at together, of types with blocks of 256 or none, and of 32.
+
+# measured: see compare_rows; a unit for each block of 32 would cost a tenth of the stage
+"""
+MAX_SUSPECTS = 16
+"""Rows that stand out in one way, of one tensor, quantized again: the worst, and as many others."""
 UNLIKE = 0.5
 """Cosine of a row that is looked at again."""
 STANDS_OUT = 1.25
-"""Times the largest error of requantizing a row of the sample."""
+"""Times the largest error of requantizing a row of the sample, or the largest of what the sample's units are like."""
+NEARLY_EXACT = 0.98
+"""Of the sample's blocks have our bytes where the others are damaged."""
 MAX_PADDING = 4096
 """Rows at the end of a table that are looked at for padding; Gemma 3n has 256."""
 MAX_RANGES = 3
+MAX_ODD = 3
+"""Tensors with odd blocks that are named."""
 MAX_SEARCHED = 24
 """Tensors whose rows are searched for elsewhere. Why: that may read whole tensors; with a wrong source, all of them."""
 CLEARLY_LESS = 4
 """Times fewer weights must be misplaced for a detour to explain them."""
 NEARLY_ALL = 0.9
+MAX_DAMAGED = 16
+"""Rows of which some blocks are damaged, to call them that."""
+SOME_BLOCKS = 0.5
+"""Of such a row."""
 IMATRIX_KEYS = "quantize.imatrix."
 
 ROUTES: tuple[tuple[QType, str, Verdict | None], ...] = (
@@ -211,7 +237,11 @@ def _unpadded(n_rows: int, pad: Values, read: Callable[[NDArray[np.int64]], Valu
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One tensor: how far it is, and rows that are not what they should be. `route`: of ROUTES."""
+    """One tensor: how far it is, and rows that are not what they should be.
+
+    `route`: of ROUTES. `is_ours`: most sampled blocks have our bytes. `is_unsure`: few importances explain the rows.
+    `odd`: blocks that few importances explain, or that differ from ours where all others don't.
+    """
 
     pair: Pair
     error: TensorError
@@ -219,14 +249,18 @@ class _Outcome:
     route: QType | None = None
     idle_columns: int = 0
     unlike_plain: bool = False
+    is_ours: bool = False
+    is_unsure: bool = False
+    odd: str = ""
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """Rows to be diagnosed. `where` is empty for the whole tensor."""
+    """Rows to be diagnosed. `where` is empty for the whole tensor. `text`: what is wrong, where that is known."""
 
     rows: NDArray[np.int64]
     where: str
+    text: str = ""
 
 
 def _compare(
@@ -305,7 +339,8 @@ class _Work:
         self.reader.fill(chunk.rows, chunk.first, x)
         self.reader.file_bytes(pair, first_row, blocks)
         dequantize_into(blocks, pair.qtype, q)
-        sum_rows(x, q, sums[first_row : first_row + chunk.n_rows])
+        unit = SMALL_UNIT if GGML_TYPES[pair.qtype].weights == 32 else UNIT
+        sum_rows(x, q, sums[first_row : first_row + chunk.n_rows], unit, floor(pair.qtype, unit))
 
 
 class _Judge:
@@ -321,29 +356,39 @@ class _Judge:
         if not pair.source.evaluated:
             return _Outcome(pair, _error(pair, sums, errors))
         weighted = self.is_weighted(pair)
-        allowed = limits(pair.qtype, weighted=weighted)
-        sample = self.look(pair, _sample(pair))
-        route = None
-        if not sample.is_sound(allowed, pair.qtype):
-            route, sample = self.by_way_of(pair, sample)
-        largest = float(sample.own_errors[np.isfinite(sample.own_errors)].max(initial=0))
-        suspects = _suspects(sums, errors, STANDS_OUT * largest)
-        looked_at = [sample, self.look(pair, suspects, route)] if len(suspects) else [sample]
-        outcome = _Outcome(
-            pair,
-            _error(pair, sums, errors, sample),
-            _fault(pair, looked_at, errors, allowed),
-            route,
-            sample.n_idle,
-        )
-        if weighted or outcome.fault is None:
+        outcome = self.held_against(pair, sums, errors, weighted=weighted)
+        may_be_weighted = pair.qtype in RULES and pair.name not in self.quant_weights
+        if weighted or outcome.fault is None or outcome.is_ours or not may_be_weighted:
             return outcome
         # without the keys, a file that was made with an importance matrix looks as if it lost too much
-        tolerant = limits(pair.qtype, weighted=True)
-        unlike = sample.is_made_from_source(allowed) and not any(evidence.bad.any() for evidence in looked_at)
-        if BANDS[pair.qtype].weighted is not None and unlike and sample.is_sound(tolerant, pair.qtype):
-            return replace(outcome, fault=None, unlike_plain=True)
-        return outcome
+        tolerant = self.held_against(pair, sums, errors, weighted=True)
+        return outcome if tolerant.fault is not None else replace(tolerant, unlike_plain=True)
+
+    def held_against(self, pair: Pair, sums: NDArray[np.float64], errors: PerRow, *, weighted: bool) -> _Outcome:
+        """The tensor as one that was made with an unknown importance matrix, or as ours."""
+        sample = self.look(pair, _sample(pair), weighted=weighted)
+        if weighted and sample.is_ours:
+            weighted = False
+            sample = sample if sample.identical else self.look(pair, sample.rows, weighted=False)
+        allowed = limits(pair.qtype, weighted=weighted)
+        route = None
+        if not sample.is_sound(allowed, pair.qtype):
+            route, sample = self.by_way_of(pair, sample, weighted=weighted)
+        suspects = _suspects(sums, errors, sample)
+        looked_at = [sample]
+        if len(suspects):
+            looked_at.append(self.look(pair, suspects, route, weighted=weighted, usual=sample))
+        is_known = pair.name in self.quant_weights
+        return _Outcome(
+            pair,
+            _error(pair, sums, errors, sample),
+            _fault(pair, looked_at, errors, allowed, weighted=weighted, is_known=is_known),
+            route,
+            sample.n_idle,
+            is_ours=sample.is_ours,
+            is_unsure=weighted and not sample.is_sound(allowed, pair.qtype),
+            odd=_odd(pair, looked_at, weighted=weighted),
+        )
 
     def is_weighted(self, pair: Pair) -> bool:
         """Whether the importances are unknown."""
@@ -351,34 +396,34 @@ class _Judge:
         used = band.weighted is not None and (self.weighted or band.plain is None)
         return used and pair.name not in self.quant_weights
 
-    def look(self, pair: Pair, rows: NDArray[np.int64], route: QType | None = None) -> Evidence:
+    def look(
+        self,
+        pair: Pair,
+        rows: NDArray[np.int64],
+        route: QType | None = None,
+        *,
+        weighted: bool,
+        usual: Evidence | None = None,
+    ) -> Evidence:
         """Read these rows and quantize them again."""
         blocks = self.reader.blocks(pair, rows)
         x = self.reader.source_rows(pair.source, rows)
         if route is not None:
             _, x = requantize(x, route)
         q = self.reader.values(blocks, pair)
-        weighted = self.is_weighted(pair)
-        return examine(
-            pair,
-            rows,
-            x,
-            blocks,
-            q,
-            self.quant_weights.get(pair.name),
-            limits(pair.qtype, weighted=weighted),
-            weighted=weighted,
-        )
+        allowed = limits(pair.qtype, weighted=weighted)
+        known = self.quant_weights.get(pair.name)
+        return examine(pair.qtype, rows, x, blocks, q, known, allowed, weighted=weighted, usual=usual)
 
-    def by_way_of(self, pair: Pair, sample: Evidence) -> tuple[QType | None, Evidence]:
+    def by_way_of(self, pair: Pair, sample: Evidence, *, weighted: bool) -> tuple[QType | None, Evidence]:
         """The type that the tensor was converted by way of, and the rows held against that; or as they were."""
-        allowed = limits(pair.qtype, weighted=self.is_weighted(pair))
+        allowed = limits(pair.qtype, weighted=weighted)
         for route, _, _ in ROUTES:
             if route is pair.qtype or HOLDS.get(route, frozenset()).issuperset(pair.source.source_dtypes):
                 continue
             if route is QType.Q8_0 and not _is_nearest(pair.qtype):  # it turns small weights to 0, which have no sign
                 continue
-            other = self.look(pair, sample.rows, route)
+            other = self.look(pair, sample.rows, route, weighted=weighted)
             if other.broken <= sample.broken / CLEARLY_LESS and other.is_sound(allowed, pair.qtype):
                 return route, other
         return None, sample
@@ -392,14 +437,27 @@ def _sample(pair: Pair) -> NDArray[np.int64]:
     return rng.integers(edges[:-1], edges[1:])
 
 
-def _suspects(sums: NDArray[np.float64], errors: PerRow, limit: float) -> NDArray[np.int64]:
-    """Rows with a larger error, rows that are zero, and rows unlike their source: the worst, and some of the others."""
+def _suspects(sums: NDArray[np.float64], errors: PerRow, sample: Evidence) -> NDArray[np.int64]:
+    """Rows with a larger error than the sample's, in all or in a unit, with units that are longer or shorter or zero,
+    and rows unlike their source: the worst of each kind, and some of the others."""
+    limit = float(sample.own_errors[np.isfinite(sample.own_errors)].max(initial=0))
+    usual = sums[sample.rows[~sample.bad]]
     with np.errstate(all="ignore"):
         cosine = sums[:, PRODUCT] / np.sqrt(sums[:, SOURCE] * sums[:, FOUND])
-    vanished = (sums[:, FOUND] == 0) & (sums[:, SOURCE] > 0)
-    rows = np.flatnonzero((errors > limit) | vanished | (cosine < UNLIKE))
-    worst = rows[np.argsort(-errors[rows], kind="stable")[:MAX_SUSPECTS]]
-    return np.union1d(worst, _spread_out(rows, MAX_SUSPECTS))
+        excesses = (
+            errors / limit,
+            sums[:, WORST] / usual[:, WORST].max(initial=0),
+            usual[:, LEAST].min(initial=1) / sums[:, LEAST],
+            sums[:, MOST] / usual[:, MOST].max(initial=1),
+            np.where(sums[:, VANISHED] > usual[:, VANISHED].max(initial=0), np.inf, 0),
+            np.where((cosine < UNLIKE) | (sums[:, LEAST] < 0), np.inf, 0),
+        )
+    chosen = [np.empty(0, np.int64)]
+    for excess in excesses:
+        rows = np.flatnonzero(excess > STANDS_OUT)
+        worst = rows[np.argsort(-excess[rows], kind="stable")[:MAX_SUSPECTS]]
+        chosen += [worst, _spread_out(rows, MAX_SUSPECTS)]
+    return np.unique(np.concatenate(chosen))
 
 
 def _spread_out(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
@@ -409,7 +467,7 @@ def _spread_out(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
 
 def _error(pair: Pair, sums: NDArray[np.float64], errors: PerRow, sample: Evidence | None = None) -> TensorError:
     with np.errstate(all="ignore"):
-        difference, source, found, product, _ = sums.sum(axis=0)
+        difference, source, found, product = sums[:, :LARGEST].sum(axis=0)
         cosine = float(product / np.sqrt(source * found)) if source > 0 or found > 0 else 1.0
     worst = int(errors.argmax())
     return TensorError(
@@ -433,22 +491,70 @@ def _is_nearest(qtype: QType) -> bool:
     return qtype in ROUNDING and ROUNDING[qtype][0] is Rounding.NEAREST
 
 
-def _fault(pair: Pair, looked_at: Sequence[Evidence], errors: PerRow, allowed: Spread) -> _Fault | None:
+def _fault(
+    pair: Pair, looked_at: Sequence[Evidence], errors: PerRow, allowed: Spread, *, weighted: bool, is_known: bool
+) -> _Fault | None:
     """Which rows are not as they should be, and what to call them. The sample is looked at first."""
     sample = looked_at[0]
-    bad = np.unique(np.concatenate([evidence.rows[evidence.bad] for evidence in looked_at]))
-    if not len(bad) and sample.is_sound(allowed, pair.qtype):
+    is_exact = not weighted and sample.same.mean() >= NEARLY_EXACT
+    bad_rows = [evidence.bad | (evidence.worse.any(axis=1) & is_exact) for evidence in looked_at]
+    bad = np.unique(np.concatenate([evidence.rows[flags] for evidence, flags in zip(looked_at, bad_rows, strict=True)]))
+    if weighted:
+        is_fine = sample.is_possible
+    else:
+        is_fine = sample.is_made_from_source(allowed) and sample.is_as_good(allowed.ratio, pair.qtype)
+    if not len(bad) and is_fine:
+        if is_known and not sample.is_ours:
+            share = f"only {sample.same.mean():.0%} of the sampled blocks are"
+            return _Fault(sample.rows[:MAX_ROWS], "", f"not what the importance matrix makes of the source: {share}")
         return None
-    others = sample.misplaced[~sample.bad]
-    if not len(bad) or sample.bad.mean() >= NEARLY_ALL or others.mean() > allowed.misplaced:
+    broken = sample.unruly > FEW or sample.factor != 1
+    others = sample.misplaced[~bad_rows[0]]
+    if not weighted:
+        broken = bool(len(others)) and others.mean() > allowed.misplaced
+    if not len(bad) or bad_rows[0].mean() >= NEARLY_ALL or broken:
         return _Fault(_spread_out(bad if len(bad) else sample.rows, MAX_ROWS), "")
-    good = np.concatenate([evidence.errors[~evidence.bad] for evidence in looked_at])
+    good = np.concatenate([evidence.errors[~flags] for evidence, flags in zip(looked_at, bad_rows, strict=True)])
     larger = np.flatnonzero(errors >= max(1.02 * good.max(initial=0), 0.9 * errors[bad].min()))
     if np.isin(bad, larger).mean() >= NEARLY_ALL:
         where = _ranges(larger, pair.n_rows)
+    elif bad_rows[0].any():
+        where = f"{bad_rows[0].sum()} of {len(sample.rows)} sampled rows from {bad[0]} to {bad[-1]}"
     else:
-        where = f"{sample.bad.sum()} of {len(sample.rows)} sampled rows from {bad[0]} to {bad[-1]}"
+        where = _ranges(bad, pair.n_rows)
+    damaged = [_damage(evidence, bad) for evidence in looked_at if np.isin(bad, evidence.rows).any()]
+    if len(bad) <= MAX_DAMAGED and all(damaged):
+        return _Fault(bad, f"{where}, {damaged[0]}", "damaged")
     return _Fault(_spread_out(bad, MAX_ROWS), where)
+
+
+def _damage(evidence: Evidence, rows: NDArray[np.int64]) -> str:
+    """Which weights of the first of these rows differ from ours by far, where the rest of it does not; else nothing."""
+    here = np.flatnonzero(np.isin(evidence.rows, rows))
+    flags = (evidence.worse | evidence.odd)[here]
+    if not flags.any(axis=1).all() or flags.mean() > SOME_BLOCKS:
+        return ""
+    first, last = np.flatnonzero(flags[0])[[0, -1]]
+    n = evidence.x.shape[1] // flags.shape[1]
+    return f"weights {first * n}-{(last + 1) * n - 1}"
+
+
+def _odd(pair: Pair, looked_at: Sequence[Evidence], *, weighted: bool) -> str:
+    """Rows whose blocks few importances explain; or that are ours but for some blocks, which are no worse than ours."""
+    sample = looked_at[0]
+    if not weighted and not sample.identical:
+        return ""
+    for evidence in looked_at[1:]:
+        flags = evidence.odd if weighted else ~evidence.same
+        rows = evidence.rows[flags.any(axis=1)]
+        if len(rows):
+            first, last = np.flatnonzero(flags[evidence.rows == rows[0]][0])[[0, -1]]
+            n = evidence.x.shape[1] // flags.shape[1]
+            where = f"{_ranges(rows, pair.n_rows)}, weights {first * n}-{(last + 1) * n - 1}: "
+            if weighted:
+                return where + "not the source's length; right only for an odd importance matrix: see --imatrix"
+            return where + "not the bytes that our quantizer gives, which all sampled rows have"
+    return ""
 
 
 def _ranges(rows: NDArray[np.int64], n_rows: int) -> str:
@@ -470,11 +576,13 @@ def _faults(outcomes: Sequence[_Outcome], judge: _Judge, tensors: Sequence[Mappe
         if outcome.fault is None:
             continue
         pair, fault = outcome.pair, outcome.fault
-        evidence = judge.look(pair, fault.rows)
-        allowed = limits(pair.qtype, weighted=judge.is_weighted(pair))
-        suspect = Suspect(pair, evidence, allowed, judge.reader, tensors)
-        text = diagnose(suspect, search=n_searched < MAX_SEARCHED)
-        n_searched += 1
+        weighted = judge.is_weighted(pair)
+        evidence = judge.look(pair, fault.rows, weighted=weighted)
+        text = fault.text
+        if not text:
+            suspect = Suspect(pair, evidence, limits(pair.qtype, weighted=weighted), judge.reader, tensors)
+            text = diagnose(suspect, search=n_searched < MAX_SEARCHED)
+            n_searched += 1
         where = f"{fault.where}: " if fault.where else ""
         gives = f"relative error {evidence.error:.3g}, where {pair.qtype.name} gives {evidence.own_error:.3g}"
         yield Problem(Verdict.FAIL, pair.name, f"{where}{text}; {gives}")
@@ -494,6 +602,15 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
     if names:
         what = "quantized as if with an importance matrix, or by another quantizer; the file's keys name none"
         yield Problem(Verdict.WARN, _some(names), what)
+    odd = [outcome for outcome in outcomes if outcome.odd and outcome.fault is None]
+    for outcome in odd[:MAX_ODD]:
+        yield Problem(Verdict.WARN, outcome.pair.name, outcome.odd)
+    if len(odd) > MAX_ODD:
+        yield Problem(Verdict.WARN, _some([outcome.pair.name for outcome in odd[MAX_ODD:]]), "have such rows too")
+    names = [outcome.pair.name for outcome in outcomes if outcome.is_unsure and outcome.fault is None]
+    if names:
+        what = "lost more than most importance matrices make a type lose; sound if that is the matrix's doing, which "
+        yield Problem(Verdict.WARN, _some(names), what + "--imatrix FILE can tell")
 
 
 def _notes(outcomes: Sequence[_Outcome]) -> Iterator[str]:

@@ -141,5 +141,14 @@ CHATS: Mapping[str, Chat] = {
     "chat without a system message": (
         {"role": "user", "content": "Übersetze ins Französische:\n```\nprint('Guten Tag')\n```"},
     ),
+    "chat of lists": (
+        {"role": "system", "content": [{"type": "text", "text": "  Be brief. "}]},
+        {"role": "user", "content": [{"type": "text", "text": " What is 2 + 2? "}, {"type": "text", "text": "And 3 + 3?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "4 and 6."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Thanks!\n"}]},
+    ),
+    "chat of a list without a system message": (
+        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two "}]},
+    ),
 }  # fmt: skip
 """Chats to be rendered; the model is to speak next."""

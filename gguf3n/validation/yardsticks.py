@@ -27,9 +27,10 @@ from gguf3n.formats.rows import Values
 PerRow = NDArray[np.float64]
 """[n_rows]"""
 
-ERROR, SOURCE, FOUND, PRODUCT, LARGEST = range(5)
-"""Columns of the sums of a row: (q - x)^2, x^2, q^2, x q, and the largest |q - x|, which is no sum."""
-N_SUMS = 5
+ERROR, SOURCE, FOUND, PRODUCT, LARGEST, WORST, LEAST, MOST, VANISHED = range(9)
+"""Columns of the sums of a row: (q - x)^2, x^2, q^2, x q, and the largest |q - x|, which is no sum; then, of its units,
+the largest (q - x)^2 / x^2, the least and the largest x q / q^2, and how many are zero in q only."""
+N_SUMS = 9
 
 
 ROUNDING: Mapping[QType, tuple[Rounding, int]] = {
@@ -64,12 +65,18 @@ def misplaced(x: Values, q: Values, qtype: QType) -> PerRow:
 
 def _nearer_level(x: Values, q: Values) -> NDArray[np.bool_]:
     """Whether a level of the same run is nearer. Shapes: [n_runs, run]."""
-    nearest = np.full(x.shape, np.inf, np.float32)
     with np.errstate(invalid="ignore"):  # infinity less infinity
+        found: NDArray[np.bool_] = nearest_other(x, q) < np.abs(x - q) * np.float32(CLEARLY)
+    return found
+
+
+def nearest_other(x: Values, q: Values) -> Values:
+    """The distance of each weight from the nearest level that a weight of its run has. Shapes: [n_runs, run]."""
+    nearest = np.full(x.shape, np.inf, np.float32)
+    with np.errstate(invalid="ignore"):
         for level in range(q.shape[1]):
             np.minimum(nearest, np.abs(x - q[:, level, None]), out=nearest)
-        found: NDArray[np.bool_] = nearest < np.abs(x - q) * np.float32(CLEARLY)
-    return found
+    return nearest
 
 
 def _turned(x: Values, q: Values) -> NDArray[np.bool_]:
@@ -86,11 +93,18 @@ def relative(error: PerRow, source: PerRow) -> PerRow:
     return np.where(np.isnan(share), np.inf, share)
 
 
-def sum_rows(x: Values, q: Values, sums: NDArray[np.float64]) -> None:
-    """What every measure of an error is made of, in float64. Shapes: sums [n_rows, N_SUMS], columns as ERROR says."""
+def sum_rows(x: Values, q: Values, sums: NDArray[np.float64], unit: int | None = None, floor: float = 0.0) -> None:
+    """What every measure of an error is made of, in float64. Shapes: sums [n_rows, N_SUMS], columns as ERROR says.
+
+    Args:
+        unit: weights of a unit; a row where it is not given, or is no part of one.
+        floor: sum of the squares of a unit that is next to nothing.
+    """
     from gguf3n.quants.comparison import compare_rows  # numba: only when there is something to compare
 
-    compare_rows(x, q, sums)
+    n_per_row = x.shape[1]
+    unit = unit if unit is not None and n_per_row % unit == 0 else n_per_row
+    compare_rows(x.reshape(-1, unit), q.reshape(-1, unit), floor, sums)
 
 
 def row_errors(x: Values, q: Values) -> PerRow:

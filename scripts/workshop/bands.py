@@ -10,13 +10,18 @@ import numpy as np
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.quants import QUANTIZERS
 from gguf3n.quants.api import dequantize, quantize
-from gguf3n.validation.bands import Band, Spread
+from gguf3n.validation.bands import Band, Shown, Spread, limits
+from gguf3n.validation.evidence import examine
 from gguf3n.validation.yardsticks import error, misplaced
 
 N_WEIGHTS = 1 << 17
 LENGTHS = (256, 2048)
 TOLERANCE = 0.02
 """Of --check."""
+DIFFERENCES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of --stale."""
+N_SHOWN = 1 << 16
+"""Weights of each kind there; a tensor's sample is twice as large."""
 
 Rng = np.random.Generator
 
@@ -83,8 +88,8 @@ def in_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def samples(qtype: QType, stale: float = 0.0) -> Iterator[Sample]:
-    """All kinds of rows with all kinds of importances; made from another version where `stale` is not 0.
+def samples(qtype: QType) -> Iterator[Sample]:
+    """All kinds of rows with all kinds of importances.
 
     Float types are given rows in float32, as nothing is lost from BF16.
     """
@@ -96,16 +101,15 @@ def samples(qtype: QType, stale: float = 0.0) -> Iterator[Sample]:
             rng = np.random.default_rng([n_per_row, kind])
             x = (0.02 * make_rows(rng, shape)).astype(np.float32)
             x = x if is_float else in_bf16(x)
-            noise = (stale * np.sqrt(np.mean(x * x)) * rng.standard_normal(shape)).astype(np.float32)
-            made_from = in_bf16(x + noise) if stale else x
+            rng.standard_normal(shape)  # so that the importances are those of older tables
             equal = None if quantizer.plain else np.ones(n_per_row, np.float32)
             plain = dequantize(quantize(x, qtype, equal), qtype)
             if quantizer.plain:
-                yield Sample(rows, None, x, plain, dequantize(quantize(made_from, qtype), qtype), qtype)
+                yield Sample(rows, None, x, plain, dequantize(quantize(x, qtype), qtype), qtype)
             if quantizer.weighted:
                 for weights, make_weights in WEIGHTS.items():
                     importance = make_weights(rng, n_per_row).astype(np.float32)
-                    q = dequantize(quantize(made_from, qtype, importance), qtype)
+                    q = dequantize(quantize(x, qtype, importance), qtype)
                     yield Sample(rows, weights, x, plain, q, qtype)
 
 
@@ -119,6 +123,36 @@ def measure(qtype: QType) -> Band:
         worst([sample.spread for sample in found if sample.weights is None]),
         worst([sample.spread for sample in found if sample.weights is not None]),
     )
+
+
+def shown(qtype: QType) -> Shown | None:
+    """From which of DIFFERENCES on other rows are told from their source; None of a type without importances."""
+    if not QUANTIZERS[qtype].weighted:
+        return None
+    return Shown(
+        found_from(qtype, lambda x, rng, d: x + d * np.sqrt(np.mean(x * x)) * rng.standard_normal(x.shape)),
+        found_from(qtype, lambda x, rng, d: (1 + d) * x),
+    )
+
+
+def found_from(qtype: QType, change: Callable[[np.ndarray, Rng, float], np.ndarray]) -> float | None:
+    """The smallest difference that shows with every kind of rows and of importances; None where none does."""
+    left = list(DIFFERENCES)
+    n_per_row = max(LENGTHS)
+    allowed = limits(qtype, weighted=True)
+    for kind, make_rows in enumerate(ROWS.values()):
+        rng = np.random.default_rng([n_per_row, kind])
+        x = in_bf16((0.02 * make_rows(rng, (N_SHOWN // n_per_row, n_per_row))).astype(np.float32))
+        for make_weights in WEIGHTS.values():
+            importance = make_weights(rng, n_per_row).astype(np.float32)
+            while left:
+                blocks = quantize(in_bf16(change(x, rng, left[0]).astype(np.float32)), qtype, importance)
+                q = dequantize(blocks, qtype)
+                found = examine(qtype, np.arange(len(x)), x, blocks, q, None, allowed, weighted=True)
+                if not found.is_sound(allowed, qtype) or not found.is_possible:
+                    break
+                left.pop(0)
+    return left[0] if left else None
 
 
 def worst(spreads: list[Spread]) -> Spread | None:
