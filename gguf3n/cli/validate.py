@@ -68,8 +68,6 @@ def validate(
                 raise UsageError(
                     f"{option} without the stage {row.stage.value}", fix=f"add {row.stage.value} to --stages"
                 )
-    if text is not None and use_reference is not None:
-        raise UsageError("--text with --use-reference, which brings its own text", fix="leave one of them out")
     if report is not None:
         check_report(report, force=force)
     check_file(file)

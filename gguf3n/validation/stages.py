@@ -83,7 +83,7 @@ def _tokens(candidate: Candidate, part: Part, _: ValidationOptions, __: Notice |
 
 
 def _logits(candidate: Candidate, part: Part, options: ValidationOptions, notice: Notice | None) -> Run:
-    return prepare_logits(candidate, part.source, options, notice).run
+    return prepare_logits(candidate, part, options, notice).run
 
 
 STAGES: tuple[StageRow, ...] = (
