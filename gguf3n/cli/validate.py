@@ -68,8 +68,6 @@ def validate(
         if value is not None and not set(users) & set(chosen):
             option, names = f"--{name.replace('_', '-')}", " or ".join(stage.value for stage in users)
             raise UsageError(f"{option} without the stage {names}", fix=f"add {names} to --stages")
-    if text is not None and use_reference is not None:
-        raise UsageError("--text with --use-reference, which brings its own text", fix="leave one of them out")
     if report is not None:
         check_report(report, force=force)
     check_file(file)

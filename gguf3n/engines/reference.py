@@ -110,6 +110,22 @@ class Reference:
     def n_vocab(self) -> int:
         return int(self._model.config.vocab_size)
 
+    def disturb(self, share: float) -> None:
+        """From now on every output of a linear layer is off by up to this share of it, as by another engine's rounding.
+
+        Why: a model that goes on to say something else then is chaotic, whatever engine runs it. Always the same noise.
+        """
+        torch = self._torch
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def off(module: Any, inputs: Any, output: Any) -> Any:
+            noise = torch.empty_like(output, dtype=torch.float32).uniform_(-share, share, generator=generator)
+            return (output * (1 + noise)).to(output.dtype)
+
+        for module in self._model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(off)
+
     def run(self, token_ids: Sequence[int]) -> Any:
         """The text model without the output matrix, once over a text; what hooks on `model` see.
 

@@ -94,7 +94,7 @@ def _logits(candidate: Candidate, part: Part, options: ValidationOptions, notice
     n_compared = None
     if isinstance(part.source, Checkpoint) and any(tensor.plain_rows for tensor in part.tensors):
         n_compared = part.source.config.vocab_size_per_layer_input
-    return prepare_logits(candidate, part.source, options, notice, n_compared=n_compared).run
+    return prepare_logits(candidate, part, options, notice, n_compared=n_compared).run
 
 
 def _vision(candidate: Candidate, part: Part, options: ValidationOptions, notice: Notice | None) -> Run:

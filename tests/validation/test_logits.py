@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as QType
+from safetensors.numpy import load_file, save_file
 
 import gguf3n
 from gguf3n.conversion import plan_all
@@ -29,9 +31,21 @@ from gguf3n.recipes import find_recipe
 from gguf3n.validation import logits
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.divergence import Divergence, measure
-from gguf3n.validation.logits import LIMITS, Limits, base_qtype, judge, limits_for, prepare_logits, read_chunks
+from gguf3n.validation.fingerprint import check_saved, fingerprint
+from gguf3n.validation.logits import (
+    LIMITS,
+    NOT_RUN,
+    PASSED,
+    Limits,
+    base_qtype,
+    judge,
+    limits_for,
+    prepare_logits,
+    read_chunks,
+)
 from gguf3n.validation.options import parse_validation
 from gguf3n.validation.result import Verdict
+from gguf3n.validation.texts import built_in_text
 from tests.validation.plant_keys import set_key
 
 pytest.importorskip("torch")
@@ -62,7 +76,7 @@ def check(path: Path, reference: Path, **options: Any) -> logits.LogitsResult:
     """Both models over a text, as the stage runs them."""
     progress, notice = options.pop("progress", None), options.pop("notice", None)
     parsed = parse_validation(**{"threads": 1, **options})
-    return prepare_logits(Candidate(path), open_source(reference), parsed, notice).run(progress)
+    return prepare_logits(Candidate(path), text_part(open_source(reference)), parsed, notice).run(progress)
 
 
 # protocol
@@ -215,7 +229,8 @@ def test_vocabularies_of_different_length(
     """Padded on either side: the tokens that both have are compared, normalized over them."""
     base = open_logprobs(saved)
     path = tmp_path / "padded.safetensors"
-    with write_logprobs(path, base.token_ids, n_vocab) as writer:
+    said = {name: text for name, text in base.metadata.items() if name != "engine"}
+    with write_logprobs(path, base.token_ids, n_vocab, metadata=said) as writer:
         for row in base.rows():
             padded = np.full(n_vocab, -9.0, np.float32)
             padded[: min(n_vocab, 1088)] = row[:n_vocab]
@@ -229,12 +244,132 @@ def test_vocabularies_of_different_length(
         assert result.divergence == expected.divergence
 
 
-def test_a_text_with_tokens_that_the_file_lacks(q8_0: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    path = tmp_path / "beyond.safetensors"
-    with write_logprobs(path, np.array([[2, 5, 1090, 7]], np.int32), 1200) as writer:
+def test_a_text_with_tokens_that_the_file_lacks(q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+    path, said = tmp_path / "beyond.safetensors", open_logprobs(saved).metadata
+    with write_logprobs(path, np.array([[2, 5, 1090, 7]], np.int32), 1200, metadata=said) as writer:
         writer.add(np.zeros(1200, np.float32))
     with pytest.raises(GGUFError, match="lacks tokens of the text"):
         check(q8_0, tiny_checkpoint, use_reference=path)
+
+
+# whose log-probabilities they are
+
+
+def renamed(source: Path, target: Path) -> Path:
+    """A checkpoint with another text in place of one of its tokens."""
+    shutil.copytree(source, target)
+    path = target / "tokenizer.model"
+    path.write_bytes(path.read_bytes().replace("▁the".encode(), "▁eht".encode()))
+    return target
+
+
+def test_another_model_is_refused(
+    q8_0: Path, saved: Path, make_checkpoint: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = make_checkpoint(seed=1)
+    with pytest.raises(UsageError, match=r"reference.safetensors was made of another model") as error:
+        check(q8_0, other, use_reference=saved)
+    assert (error.value.expected, error.value.found) == (str(other), str(tiny_checkpoint))
+    with pytest.raises(UsageError, match="was made of a model with other tokens"):
+        check(q8_0, renamed(tiny_checkpoint, tmp_path / "renamed"), use_reference=saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text": "another text"}, "was made of another text than --text"),
+        ({"n_tokens": 64}, "was made with another --tokens"),
+        ({"n_ctx": 32}, "was made with another --ctx"),
+    ],
+    ids=["text", "tokens", "ctx"],
+)
+def test_another_text_is_refused(
+    options: dict[str, Any], said: str, q8_0: Path, tiny_checkpoint: Path, saved: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        check(q8_0, tiny_checkpoint, use_reference=saved, **options)
+
+
+def test_the_same_asked_for_again_is_taken(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
+    part = text_part(open_source(tiny_checkpoint))
+    for options in ({}, {"text": built_in_text()}, {"n_tokens": N_CTX * N_CHUNKS, "n_ctx": N_CTX}):
+        check_saved(open_logprobs(saved), part, parse_validation(**options))
+
+
+def test_a_file_that_does_not_say_is_refused(q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+    base = open_logprobs(saved)
+    for name in ("model", "vocabulary", "text", "n_tokens"):
+        path = tmp_path / f"{name}.safetensors"
+        said = {key: text for key, text in base.metadata.items() if key != name}
+        with write_logprobs(path, base.token_ids[:1, :4], base.n_vocab, metadata=said) as writer:
+            writer.add(next(base.rows()))
+        with pytest.raises(UsageError, match="does not say of which model and text it was made"):
+            check(q8_0, tiny_checkpoint, use_reference=path)
+
+
+def test_a_checkpoint_and_its_unquantized_file_are_one_model(
+    tiny_checkpoint: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    (written,) = gguf3n.convert(tiny_checkpoint, "BF16", tmp_path / "x.gguf")
+    options = parse_validation()
+    parts = [text_part(open_source(source)) for source in (tiny_checkpoint, written.path, make_checkpoint(seed=1))]
+    same, again, other = (fingerprint(part, options) for part in parts)
+    assert same == again
+    assert {name for name, text in same.items() if other[name] != text} == {"model"}
+
+
+# chaotic models
+
+
+def test_what_a_chaotic_model_says_is_no_fault_of_the_file() -> None:
+    def found(mean: float, top1: float = 1.0) -> Divergence:
+        return Divergence(100, mean, mean, mean, mean, mean, top1, 1.0)
+
+    def verdicts(divergence: Divergence, noise: Divergence | None) -> list[Verdict]:
+        return [problem.verdict for problem in judge(divergence, QType.F32, LIMITS[QType.F32], noise)]
+
+    assert verdicts(found(0.015), None) == verdicts(found(0.015), found(1e-6)) == [Verdict.FAIL]
+    assert verdicts(found(0.015), found(0.01)) == [Verdict.WARN]
+    assert verdicts(found(0.5), found(0.01)) == [Verdict.FAIL]
+    assert verdicts(found(0.015, 0.9), found(0.01)) == [Verdict.FAIL, Verdict.FAIL]
+    assert verdicts(found(0.015, 0.9), found(0.01, 0.95)) == [Verdict.WARN]
+    assert verdicts(found(2e-4, 0.9), found(1e-4, 0.95)) == [Verdict.WARN]
+    assert verdicts(found(1e-6), found(1.0)) == []
+    assert verdicts(found(float("nan")), found(1.0)) == [Verdict.FAIL]
+
+
+def louder(source: Path, target: Path) -> Path:
+    """A chaotic model: a checkpoint whose layers add to each other as many times as much."""
+    shutil.copytree(source, target)
+    for path in target.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith(LOUDER):
+                tensors[name] = tensors[name] * LOUDNESS
+        save_file(tensors, path, metadata={"format": "pt"})
+    return target
+
+
+LOUDER = ("q_norm.weight", "k_norm.weight", "post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+LOUDNESS = np.float32(2.3)
+
+
+def test_a_chaotic_model_is_told_from_a_bad_file(
+    q8_0: Path, make_checkpoint: Callable[..., Path], tiny_checkpoint: Path, saved: Path, tmp_path: Path
+) -> None:
+    source = louder(make_checkpoint(dtype="f32"), tmp_path / "louder")
+    (sound,) = gguf3n.convert(source, "F32", tmp_path / "x.gguf")
+    result = check(sound.path, source, n_tokens=64, n_ctx=64)
+    assert result.divergence.mean > LIMITS[QType.F32].good
+    assert isinstance(result.noise, Divergence)
+    assert [(problem.where, problem.verdict) for problem in result.problems] == [("chaotic model", Verdict.WARN)]
+    assert result.details()["noise"]["mean"] == result.noise.mean
+    bad = check(q8_0, source, n_tokens=64, n_ctx=64, save_reference=tmp_path / "louder.safetensors")
+    assert bad.verdict is Verdict.FAIL
+    again = check(sound.path, source, use_reference=tmp_path / "louder.safetensors")
+    assert again.noise == NOT_RUN in again.lines()[-1]
+    assert again.details()["noise"] is None
+    assert check(q8_0, tiny_checkpoint, use_reference=saved).noise == PASSED
 
 
 # limits

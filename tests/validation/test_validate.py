@@ -200,7 +200,6 @@ def test_convert_and_validate(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["--ctx", "5000", "--tokens", "9000"], "--ctx is more than the model reads"),
         (["--stages", "tensors", "--save-reference", "x.kld"], "--save-reference without the stage logits"),
         (["--stages", "logits", "--imatrix", "x.gguf"], "--imatrix without the stage tensors"),
-        (["--text", __file__, "--use-reference", "x.kld"], "--text with --use-reference"),
     ],
 )
 def test_bad_options(options: list[str], said: str, sound: Path, tiny_checkpoint: Path) -> None:
@@ -296,12 +295,6 @@ def test_another_source(sound: Path, make_checkpoint: Callable[..., Path]) -> No
     validation = validate(sound, make_checkpoint(seed=1), stages=[TENSORS])
     first = validation.stages[TENSORS].problems[0]
     assert "tensors are not the source's: was the file made from it?" in first.what
-
-
-def test_whose_log_probabilities(sound: Path, make_checkpoint: Callable[..., Path], reference: Path) -> None:
-    told: list[str] = []
-    validate(sound, make_checkpoint(dtype="f32"), stages=[LOGITS], use_reference=reference, notice=told.append)
-    assert told[0].startswith(f"{reference} was made with ")
 
 
 def test_not_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
