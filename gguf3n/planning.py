@@ -20,7 +20,7 @@ from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.metadata import file_keys
 from gguf3n.gemma3n.mmproj import RUNS
 from gguf3n.gemma3n.part import Part, PartKind
-from gguf3n.gemma3n.published import HEADER_BYTES, outline
+from gguf3n.gemma3n.published import ENCODER_HEADER_BYTES, HEADER_BYTES, encoder_outline, outline
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, ImageRows, Keep, Recipe, Tensor, check_rules
 
 
@@ -181,7 +181,15 @@ class Estimate:
 
 def estimate(recipe: Recipe, config: Config) -> Estimate:
     """A file's types and size without a checkpoint; with an importance matrix only where the recipe needs one."""
-    tensors = outline(config)
+    return _estimate(recipe, outline(config), HEADER_BYTES)
+
+
+def estimate_encoders(recipe: Recipe, *, vision: bool = True, audio: bool = True) -> Estimate:
+    """The same of an mmproj file."""
+    return _estimate(recipe, encoder_outline(vision=vision, audio=audio), ENCODER_HEADER_BYTES)
+
+
+def _estimate(recipe: Recipe, tensors: Sequence[MappedTensor], header_bytes: int) -> Estimate:
     measured = {tensor.name for tensor in tensors if tensor.evaluated and tensor.bid is not None}
     for covered in (None, measured):
         decisions = _decide(tensors, describe_tensors(tensors, covered), recipe, ())
@@ -192,7 +200,7 @@ def estimate(recipe: Recipe, config: Config) -> Estimate:
     ]
     return Estimate(
         dict(Counter(decision.qtype for decision in decisions).most_common()),
-        sum(n_bytes) + HEADER_BYTES,
+        sum(n_bytes) + header_bytes,
         8 * sum(n_bytes) / sum(tensor.n_weights for tensor in tensors),
         covered is not None,
     )

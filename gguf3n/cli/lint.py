@@ -32,9 +32,7 @@ def lint(
     checks: Annotated[bool, typer.Option("--checks", help="Print the table of checks.")] = False,
     mmproj: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="The mmproj file that the model is to be used with: it, and whether they fit."
-        ),
+        typer.Option(metavar="FILE", help="The mmproj file to be used with it: check both, and whether they fit."),
     ] = None,
     github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub Actions.")] = False,
     json: options.Json = False,

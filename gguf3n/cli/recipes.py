@@ -13,41 +13,48 @@ from gguf3n.cli.paint import say, say_exactly
 from gguf3n.conversion import read_recipe
 from gguf3n.formats.whole_file import write_whole
 from gguf3n.gemma3n.published import PUBLISHED
-from gguf3n.planning import Estimate, estimate
-from gguf3n.recipes import Recipe, find_recipe, format_recipe, preset_names, variant_names
+from gguf3n.planning import Estimate, estimate, estimate_encoders
+from gguf3n.recipes import For, Recipe, find_recipe, format_recipe, preset_names, variant_names
 
 app = typer.Typer(
     name="recipes", help="List, show and extract quantizations.", no_args_is_help=True, add_completion=False
 )
 
 
+Mmproj = Annotated[bool, typer.Option("--mmproj", help="Those of the mmproj file, with vision and audio.")]
+
+
 def list_recipes(
     all_names: Annotated[bool, typer.Option("--all", help="Also NAME@llama.cpp and NAME@2025.")] = False,
+    mmproj: Mmproj = False,
     json: options.Json = False,
 ) -> None:
     """List the quantizations: size of an E2B and an E4B file, bits a weight, advice."""
-    names = list(preset_names())
-    if all_names:
+    part = For.MMPROJ if mmproj else For.TEXT
+    names = list(preset_names(part))
+    if all_names and not mmproj:
         names += [variant for name in preset_names() for variant in variant_names(name)]
-    found = [(recipe, _estimates(recipe)) for recipe in map(find_recipe, names)]
-    found.sort(key=lambda pair: -pair[1]["E4B"].total_bytes)
+    found = [(recipe, _estimates(recipe)) for recipe in (find_recipe(name, part) for name in names)]
+    found.sort(key=lambda pair: -list(pair[1].values())[-1].total_bytes)
     if json:
         print_json([_as_json(recipe, estimates) for recipe, estimates in found])
         return
-    rows = [("name", *PUBLISHED, "bits", "advice")]
+    sizes = tuple(found[0][1])
+    rows = [("name", *sizes, "bits", "advice")]
     for recipe, estimates in found:
-        sizes = [human_bytes(each.total_bytes) for each in estimates.values()]
-        rows.append((recipe.name, *sizes, f"{estimates['E4B'].bits_per_weight:.2f}", recipe.summary))
-    for line in columns(rows, "<" + ">" * len(PUBLISHED) + "><"):
+        cells = [human_bytes(each.total_bytes) for each in estimates.values()]
+        rows.append((recipe.name, *cells, f"{estimates[sizes[-1]].bits_per_weight:.2f}", recipe.summary))
+    for line in columns(rows, "<" + ">" * len(sizes) + "><"):
         say(line)
 
 
 def show(
     name: Annotated[str, typer.Argument(help="A quantization, or a recipe file.")],
+    mmproj: Mmproj = False,
     json: options.Json = False,
 ) -> None:
     """Show a quantization in full, as a file to copy and change."""
-    recipe = find_recipe(name)
+    recipe = find_recipe(name, For.MMPROJ if mmproj else For.TEXT)
     estimates = _estimates(recipe)
     if json:
         print_json(_as_json(recipe, estimates) | {"rules": [_rule_json(recipe, i) for i in range(len(recipe.rules))]})
@@ -73,7 +80,12 @@ def extract(
 
 
 def _estimates(recipe: Recipe) -> dict[str, Estimate]:
-    """For each published size that the recipe is for."""
+    """For each published size that the recipe is for; of the encoders, with the audio encoder and without."""
+    if recipe.part is For.MMPROJ:
+        return {
+            "vision": estimate_encoders(recipe, audio=False),
+            "vision, audio": estimate_encoders(recipe),
+        }
     return {
         size: estimate(recipe, config)
         for size, config in PUBLISHED.items()

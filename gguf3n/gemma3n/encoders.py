@@ -105,19 +105,28 @@ AUDIO: Mapping[str, Any] = {
 PROCESSOR: Mapping[str, int] = {"image_size": 768, "image_seq_length": N_IMAGE_TOKENS}
 
 
-def read_encoders(raw: Mapping[str, Any], directory: Path, text_width: int, *, vision: bool, audio: bool) -> Encoders:
+def read_encoders(
+    raw: Mapping[str, Any],
+    directory: Path,
+    text_width: int,
+    *,
+    vision: bool,
+    audio: bool,
+    files: tuple[str, ...] = PROCESSOR_FILES,
+) -> Encoders:
     """The encoders that are wanted.
 
     Args:
         raw: the content of config.json.
-        directory: the checkpoint, where the processor's files are looked for.
+        directory: the checkpoint.
+        files: what is read there of the processor, where it is there.
 
     Raises: SourceError for a checkpoint without them; ConfigError for another encoder or a value that can't be.
     """
     config = directory / "config.json"
     return Encoders(
         text_width,
-        _vision(_section(raw, "vision_config", VISION_TYPE, config), directory) if vision else None,
+        _vision(_section(raw, "vision_config", VISION_TYPE, config), directory, files) if vision else None,
         _audio(_section(raw, "audio_config", AUDIO_TYPE, config), config) if audio else None,
     )
 
@@ -140,7 +149,7 @@ def _section(raw: Mapping[str, Any], name: str, model_type: str, path: Path) -> 
     return section
 
 
-def _vision(section: Mapping[str, Any], directory: Path) -> Vision:
+def _vision(section: Mapping[str, Any], directory: Path, files: tuple[str, ...]) -> Vision:
     config = directory / "config.json"
     values = {name: _number(section, name, default, config) for name, default in VISION.items()}
     architecture = section.get("architecture", ARCHITECTURE)
@@ -148,7 +157,7 @@ def _vision(section: Mapping[str, Any], directory: Path) -> Vision:
         raise ConfigError(
             f"{config}: another vision tower than Gemma 3n's", expected=ARCHITECTURE, found=shown(architecture)
         )
-    image_size, n_tokens, path = _processor(directory)
+    image_size, n_tokens, path = _processor(directory, files)
     if image_size % IMAGE_UNIT or image_size > MAX_IMAGE_SIZE or n_tokens != N_IMAGE_TOKENS:
         raise ConfigError(
             f"{path}: images that llama.cpp can't take",
@@ -166,11 +175,11 @@ def _vision(section: Mapping[str, Any], directory: Path) -> Vision:
     )
 
 
-def _processor(directory: Path) -> tuple[int, int, Path]:
+def _processor(directory: Path, files: tuple[str, ...]) -> tuple[int, int, Path]:
     """Image size, tokens an image, and the file that says so (or would)."""
     found: dict[str, Any] = {}
     path = directory / PROCESSOR_FILES[0]
-    for name in PROCESSOR_FILES:
+    for name in files:
         if is_there(directory / name, ConfigError):
             content = read_checkpoint_json(directory / name)
             for inner in ("media_proc_cfg", "image_processor"):

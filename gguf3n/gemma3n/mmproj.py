@@ -264,10 +264,15 @@ def table(encoders: Encoders, source: Mapping[str, SourceTensor], origin: str) -
         tower = read_tower(_tower_shapes(found, origin), origin)
     if encoders.audio is not None:
         _check_there(found, AUDIO_NAMES, "audio", origin)
+    return table_of(encoders, tower)
+
+
+def table_of(encoders: Encoders, tower: Tower | None) -> Table:
+    """The same for a tower that is known."""
     n_layers = encoders.audio.conf_num_hidden_layers if encoders.audio is not None else None
     return Table(
         model="the encoders of a Gemma 3n" if tower is None else f"a vision tower of {tower.n_blocks} blocks",
-        order=written_order(tower, n_layers),
+        order=written_order(tower if encoders.vision is not None else None, n_layers),
         dropped=dropped(encoders),
         n_stacked=0,
         sizes=lambda bid: sizes(encoders, bid),

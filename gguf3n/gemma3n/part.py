@@ -121,11 +121,6 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
     return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))
 
 
-def gguf_part(source: GGUFSource) -> Part:
-    """What a GGUF file holds, of whichever kind it is. Raises: as `text_part`."""
-    return mmproj_part(source) if _architecture(source) == mmproj.ARCH else text_part(source)
-
-
 def _architecture(source: GGUFSource) -> str:
     key = source.gguf.keys.get(Keys.General.ARCHITECTURE)
     return "none" if key is None else str(key.value)
@@ -150,10 +145,17 @@ def _check_architecture(source: GGUFSource, wanted: str) -> None:
 def _mmproj_of_gguf(source: GGUFSource, *, vision: bool, audio: bool) -> Part:
     """Keys and values are taken over as they are, of the encoders that are there and wanted."""
     _check_architecture(source, mmproj.ARCH)
+    projectors = [str(key.value) for name, key in source.gguf.keys.items() if name.endswith("projector_type")]
+    if not {mmproj.VISION_PROJECTOR, mmproj.AUDIO_PROJECTOR}.intersection(projectors):
+        raise SourceError(
+            f"{source.origin}: the encoders of another model",
+            expected=f"a projector {mmproj.VISION_PROJECTOR} or {mmproj.AUDIO_PROJECTOR}",
+            found=", ".join(projectors) or "none",
+        )
     dropped = [what for what, is_wanted in (("vision", vision), ("audio", audio)) if not is_wanted]
     tensors = {name: tensor for name, tensor in source.tensors.items() if mmproj.encoder_of(name) not in dropped}
     if not tensors:
-        raise SourceError(f"{source.origin}: no {'audio' if vision is False else 'vision'} encoder")
+        raise SourceError(f"{source.origin}: no {'vision' if vision else 'audio'} encoder")
     order = mmproj.order_of_names({name: tensor.shape for name, tensor in tensors.items()}, source.origin)
     mapped = [
         MappedTensor(rule.name(bid), mmproj.shape_from_gguf(rule, tensor), rule.storage, bid, in_channels(tensor))

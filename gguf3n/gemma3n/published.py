@@ -1,13 +1,20 @@
-"""The two published sizes of Gemma 3n, so that files can be planned without a checkpoint at hand."""
+"""The published sizes of Gemma 3n, so that files can be planned without a checkpoint at hand.
+
+The vision and audio encoders are the same for both sizes of the text model.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from gguf3n.formats.rows import Zeros
+from gguf3n.gemma3n import mmproj, tower
 from gguf3n.gemma3n.config import FULL, SLIDING, Config
-from gguf3n.gemma3n.mapping import MappedTensor
+from gguf3n.gemma3n.encoders import read_encoders
+from gguf3n.gemma3n.mapping import MappedTensor, Table
 from gguf3n.gemma3n.text import table
 
 
@@ -43,12 +50,26 @@ HEADER_BYTES = 6_565_408
 PUBLISHED: Mapping[str, Config] = {"E2B": _published(30, 10, 8192), "E4B": _published(35, 15, 16_384)}
 
 
+ENCODER_HEADER_BYTES = 65_536
+"""About that of an mmproj file, nearly all of it names of tensors."""
+
+
 def outline(config: Config) -> tuple[MappedTensor, ...]:
     """The tensors that a checkpoint of this config becomes, without the checkpoint: every row a zero."""
+    return _outlined(table(config))
+
+
+def encoder_outline(*, vision: bool = True, audio: bool = True) -> tuple[MappedTensor, ...]:
+    """The same of the encoders' file."""
+    sections: dict[str, dict[str, Any]] = {"vision_config": {}, "audio_config": {}}
+    encoders = read_encoders(sections, Path(), PUBLISHED["E2B"].hidden_size, vision=vision, audio=audio, files=())
+    return _outlined(mmproj.table_of(encoders, tower.PUBLISHED))
+
+
+def _outlined(known: Table) -> tuple[MappedTensor, ...]:
     tensors = []
-    known = table(config)
     for rule, bid in known.order:
-        shape = known.shape(rule.shape, bid)
+        shape = known.shape(rule.written or rule.shape, bid)
         rows = (Zeros(math.prod(shape[:-1]), shape[-1]),)
         tensors.append(MappedTensor(rule.name(bid), shape, rule.storage, bid, rows, known.evaluated(rule, bid)))
     return tuple(tensors)

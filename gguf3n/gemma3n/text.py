@@ -76,10 +76,10 @@ RULES: tuple[Rule, ...] = (
 PER_LAYER_INP_GATE = _name(T.PER_LAYER_INP_GATE)
 
 DROPPED: tuple[tuple[str, str], ...] = (
-    (r"vision_tower\..+", "vision: belongs in a separate mmproj file"),
-    (r"audio_tower\..+", "audio: belongs in a separate mmproj file"),
-    (r"embed_vision\..+", "vision embedder: belongs in a separate mmproj file"),
-    (r"embed_audio\..+", "audio embedder: belongs in a separate mmproj file"),
+    (r"vision_tower\..+", "vision: belongs in the mmproj file (--mmproj)"),
+    (r"audio_tower\..+", "audio: belongs in the mmproj file (--mmproj)"),
+    (r"embed_vision\..+", "vision embedder: belongs in the mmproj file (--mmproj)"),
+    (r"embed_audio\..+", "audio embedder: belongs in the mmproj file (--mmproj)"),
     (r"lm_head\.weight", "the output matrix is the embedding table"),
     (r"(layers\.\d+\.self_attn\.)?rotary_emb\.(\w+_)?inv_freq", "computed from the rope base"),
 )
