@@ -3,6 +3,7 @@
     Stored     consecutive rows of a tensor in a file
     Zeros      rows that no file has
     View       some rows and columns of other rows: a slice of a larger model
+    Repeated   one row of other rows, again and again
     LowRank    other rows with a low-rank product added: a model with an adapter
 
 A form is a value: it can be compared, is a key of a dictionary, and holds no data. A tensor of a source is a sequence
@@ -196,6 +197,43 @@ class View:
             out[:, start : start + len(run)] = whole[:, run.start : run.stop]
             start += len(run)
         return largest_magnitude(out)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One row of other rows, again and again."""
+
+    base: Rows
+    row: int
+    n_rows: int
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes // max(self.base.n_rows, 1)
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        largest = reader.fill(self.base, self.row, out[:1])
+        out[1:] = out[:1]
+        return largest
+
+
+def cut(rows: Rows, first: int, n_rows: int) -> Rows:
+    """Consecutive rows of these."""
+    if isinstance(rows, Stored):
+        return replace(rows, shape=(n_rows, rows.n_per_row), offset=rows.offset + first * rows.row_bytes)
+    return View(rows, range(first, first + n_rows), (range(rows.n_per_row),))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile
 from gguf3n.formats.rows import SourceTensor
 from gguf3n.gemma3n import mmproj, text
 from gguf3n.gemma3n.encoders import read_encoders
+from gguf3n.gemma3n.end_of_image import with_end_of_image
 from gguf3n.gemma3n.mapping import MappedTensor, Rule, in_channels, map_tensors
 from gguf3n.gemma3n.metadata import REPLACED_KEYS, general_keys, tokenizer_keys
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
@@ -72,6 +73,7 @@ def text_part(source: Source) -> Part:
 def _of_checkpoint(source: Checkpoint) -> Part:
     config = source.config
     mapping = map_tensors(text.table(config), source.tensors, source.origin)
+    tensors = with_end_of_image(mapping.tensors, source)
     vocabulary = source.vocabulary
     notices = [*source.notices, *config.concerns()]
     notices += [f"left out {count} source tensors: {reason}" for reason, count in mapping.dropped]
@@ -87,7 +89,7 @@ def _of_checkpoint(source: Checkpoint) -> Part:
         *text.model_keys(config),
         *tokenizer_keys(vocabulary),
     )
-    return Part(PartKind.TEXT, source, keys, mapping.tensors, tuple(notices))
+    return Part(PartKind.TEXT, source, keys, tensors, tuple(notices))
 
 
 def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> Part:
