@@ -132,13 +132,15 @@ class VisionReference:
         soft = [raw["image_token_id"]] * raw["vision_soft_tokens_per_image"]
         return [*head, raw["boi_token_id"], *soft, raw["eoi_token_id"], *tail]
 
-    def logprobs(self, token_ids: Sequence[int], seen: Seen, end: EndRows | None = None) -> NDArray[np.float32]:
-        """Log-probabilities of the token after a prompt with a picture.
+    def logprobs(
+        self, token_ids: Sequence[int], seen: Seen, positions: Sequence[int], end: EndRows | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Log-probabilities of what follows some positions of a prompt with a picture.
 
         Args:
             end: <end_of_image> as a text file has it; the model's own way where it is not given.
 
-        Shapes: `[vocab]`.
+        Shapes: `[vocab]` a position.
         """
         torch, model, raw = self._torch, self._model.model, self.source.raw_config
         with torch.no_grad():
@@ -153,13 +155,12 @@ class VisionReference:
                 row = self._row(end.per_layer, text.embed_tokens_per_layer)
                 per_layer[is_end] = row.reshape(per_layer.shape[2:])
             embedded[ids == raw["image_token_id"]] = seen.features.to(embedded.dtype)
-            hidden = text(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=False).last_hidden_state[0, -1]
+            found = text(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=False).last_hidden_state[0]
             cap = self._model.config.get_text_config().final_logit_softcapping
-            logits = self._model.lm_head.weight.float() @ hidden.float()
+            logits = found[list(positions)].float() @ self._model.lm_head.weight.float().T
             if cap is not None:
                 logits = torch.tanh(logits / cap) * cap
-            logprobs: NDArray[np.float32] = torch.log_softmax(logits.double(), dim=-1).float().cpu().numpy()
-            return logprobs
+            return list(torch.log_softmax(logits.double(), dim=-1).float().cpu().numpy())
 
     def _row(self, row: NDArray[np.float32], table: Any) -> Any:
         """A row of an embedding table as the table would give it out."""

@@ -223,12 +223,15 @@ def _reference_rows(
 ) -> tuple[list[Row], list[Row]]:
     """What the reference says when it is given what llama.cpp is, and when it does all in its own way."""
     prompts = [reference.token_ids(BEFORE, after) for after in AFTER]
+    longest = prompts[-1]
+    positions = [len(ids) - 1 for ids in prompts]
+    assert all(ids == longest[: len(ids)] for ids in prompts), "each text is the beginning of the next"
     as_given, own = [], []
     for picture in PICTURES:
         pixels = picture.pixels()
         seen, by_itself = reference.see(padded(pixels, image_size)), reference.see(reference.squashed(pixels))
-        as_given += [reference.logprobs(ids, seen, end) for ids in prompts]
-        own += [reference.logprobs(ids, by_itself) for ids in prompts]
+        as_given += reference.logprobs(longest, seen, positions, end)
+        own += reference.logprobs(longest, by_itself, positions)
         tick()
     return as_given, own
 
