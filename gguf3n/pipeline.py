@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from gguf3n.errors import Interrupted, QuantizationError
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_writer import GGUFWriter
-from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, RowReader, Rows, Stored, Values, Widen, chunks
+from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, RowReader, Rows, Stored, Values, Widen, chunks, dequantize_into
 from gguf3n.planning import Plan, PlannedTensor
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.workers import default_threads, run_workers
@@ -45,8 +44,7 @@ def compiled_widen() -> Widen:
             case "F32":
                 out[:] = raw.view(np.float32)
             case _:
-                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-                    out[:] = dequantize(raw, QType[dtype])
+                dequantize_into(raw, QType[dtype], out)  # what is not finite is found below
         return float(floats.largest_magnitude(out))
 
     return widen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import signal
@@ -9,10 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import gguf3n
 from gguf3n import cli
+from gguf3n.errors import OutputError
+from tests import micro
 
 COMMAND = [sys.executable, "-m", "gguf3n"]
 
@@ -83,22 +89,94 @@ def test_an_interrupt_in_the_first_second(milliseconds: int, tmp_path: Path) -> 
     time.sleep(milliseconds / 1000)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err or "gguf3n" not in err, err
+    assert "Traceback" not in err or f"{os.sep}gguf3n{os.sep}" not in err, err
     assert process.returncode in (0, 1, 130, -signal.SIGINT)
 
 
-def test_few_file_handles(tmp_path: Path) -> None:
-    import resource
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-
-    (tmp_path / "x").mkdir()
+@pytest.mark.parametrize("n_handles", [6, 10])
+def test_few_file_handles(n_handles: int, tmp_path: Path) -> None:
+    """Wherever they run out: while modules are loaded, at a source's weights, at the output."""
+    resource = pytest.importorskip("resource")
+    micro.make(tmp_path / "source")
     done = subprocess.run(
-        [*COMMAND, "inspect", str(tmp_path / "x")],
+        [*COMMAND, "convert", "source", "-q", "Q8_0", "-o", "out"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
-        preexec_fn=limit,
-        env=dict(os.environ),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (n_handles, n_handles)),
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
     )
-    assert done.returncode == 11 and "Traceback" not in done.stderr
+    assert done.returncode in (1, 5, 10), done.stderr
+    assert done.stderr.count("error: ") == 1 and "ulimit -n" in done.stderr and "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "source"]
+
+
+# a directory that may not be looked into
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As an ordinary user meets it; the tests may run as root, who meets none."""
+    directory = tmp_path / "locked"
+    directory.mkdir()
+    really = os.stat
+
+    def look(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if os.path.abspath(os.fspath(path) if not isinstance(path, int) else "").startswith(f"{directory}{os.sep}"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.chdir(tmp_path)
+    return directory
+
+
+@pytest.mark.parametrize("path", ["locked/model", "{}/model", "locked/x.gguf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "PATH", "-q", "Q8_0"),
+        ("convert", "source", "-q", "Q8_0", "-o", "PATH"),
+        ("stats", "PATH"),
+        ("validate", "x.gguf", "--reference", "PATH"),
+        ("validate", "x.gguf", "--reference", "source", "--report", "PATH.md"),
+        ("lint", "PATH"),
+        ("edit", "x.gguf", "--set", "general.name=y", "-o", "PATH"),
+    ],
+    ids=" ".join,
+)
+def test_a_directory_that_may_not_be_looked_into(
+    path: str,
+    command: tuple[str, ...],
+    locked: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is not said that there is nothing, and the Hub is not asked for it."""
+    micro.make(locked.parent / "source")
+    gguf3n.convert(locked.parent / "source", "F16", locked.parent / "x.gguf")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gguf3n", *(word.replace("PATH", path.format(locked)) for word in command)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code in (3, 10, 11), said
+    assert said.count("error: ") == 1 and "permission" in said.lower(), said
+    assert "no such" not in said and "there is no" not in said
+
+
+@pytest.mark.parametrize("report", ["x" * 300 + ".md", "directory.md", "nowhere/x.md", "x.gguf/x.md"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "directory.md").mkdir()
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module("gguf3n.cli.validate"), "check_file", lambda _: pytest.fail("work"))
+    command = ("validate", "x.gguf", "--reference", "source", "--report", report)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gguf3n", *command])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == OutputError.exit_code
+    assert capsys.readouterr().err.startswith("error: ")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from gguf3n.cli.paint import paint, tell
 from gguf3n.errors import Gguf3nError
 from gguf3n.outside import inert_json, masked
+
+PIECES_AT_ONCE = 1 << 14
+"""Of JSON, for one call of the stream."""
 
 
 def human_bytes(n: float) -> str:
@@ -41,19 +46,54 @@ def columns(rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
 def print_json(value: Any) -> None:
     """The machine-readable result, the only thing on stdout.
 
-    JSON has no infinity or NaN: they become strings. ASCII only, so that it can be parsed whatever the locale.
+    JSON has no infinity or NaN: they become strings. ASCII only, so that it can be parsed whatever the locale. Arrays
+    of a file are written as they are read, however large.
+
+    Exact: as `json.dumps` with an indent of 2.
     """
-    print(inert_json(json.dumps(_finite(value), indent=2, allow_nan=False)))
+    pieces = _json(value, "\n")
+    while some := "".join(islice(pieces, PIECES_AT_ONCE)):
+        sys.stdout.write(some)
+    sys.stdout.write("\n")
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+def _json(value: Any, line: str) -> Iterator[str]:
+    """JSON, a piece at a time.
+
+    Args:
+        line: its end, and the indent of the next.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        yield _scalar(value)
+        return
+    inner = line + "  "
+    before = inner
+    if isinstance(value, Mapping):
+        yield "{"
+        for name, item in value.items():
+            key = _scalar(name if isinstance(name, str) else _scalar(name))
+            yield f"{before}{key}: "
+            yield from _json(item, inner)
+            before = "," + inner
+        yield f"{line}}}" if before != inner else "}"
+        return
+    yield "["
+    for item in value:
+        yield before
+        if isinstance(item, int | float | str):
+            yield _scalar(item)
+        else:
+            yield from _json(item, inner)
+        before = "," + inner
+    yield f"{line}]" if before != inner else "]"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        return inert_json(json.dumps(value))
+    if isinstance(value, float):
+        return float.__repr__(value) if math.isfinite(value) else json.dumps(str(value))
+    return json.dumps(value)
 
 
 def print_error(error: Gguf3nError, *, as_json: bool) -> None:

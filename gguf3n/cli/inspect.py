@@ -218,7 +218,7 @@ def _as_json(gguf: GGUFFile, wanted: Sequence[str], globs: Sequence[str], span: 
     }
     if "keys" in views:
         result["keys"] = {
-            name: {"type": gguf.keys[name].type_name, "value": gguf.value(name)}
+            name: {"type": gguf.keys[name].type_name, "value": gguf.keys[name].value}
             for name in summary.matching(list(gguf.keys), globs)
         }
     if "tensors" in views:

@@ -88,13 +88,25 @@ class TemplateProcess:
 
     def _render(self, chat: Chat) -> str:
         if self._child is None:
-            self._child = ChildProcess(__name__, self._options)
-            self._child.receive(READY, START_SECONDS)
+            self._child = self._started()
         self._child.send({"chat": [dict(message) for message in chat]})
         answer = json.loads(self._child.receive(ANSWER, CLOCK_SECONDS))
         if "stopped" in answer:
             raise TemplateStopped(self._name, found=answer["stopped"])
         return str(answer["text"])
+
+    def _started(self) -> ChildProcess:
+        """Why no TemplateStopped: no template has been looked at yet."""
+        try:
+            child = ChildProcess(__name__, self._options)
+            try:
+                child.receive(READY, START_SECONDS)
+            except BaseException:
+                child.close()
+                raise
+        except (Ended, TookTooLong) as error:
+            raise UsageError(f"{self._name}: the process that renders chats does not start", found=str(error)) from None
+        return child
 
     def _end(self) -> None:
         if self._child is not None:

@@ -56,6 +56,8 @@ MIN_KEY_BYTES = 8 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 FIRST_READ_BYTES = 1 << 20
 MAX_READ_BYTES = 1 << 22
+PIECE_ITEMS = 1 << 14
+"""Of an array of numbers that is read piece by piece."""
 MAX_PARTS = 1000
 
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -83,7 +85,19 @@ class GGUFArray:
         return self.count
 
     def __iter__(self) -> Iterator[Scalar]:
-        return iter(self.numpy().tolist()) if self._is_numeric else self._strings()
+        """Element by element, however many they are."""
+        if not self._is_numeric:
+            yield from self._strings()
+            return
+        for numbers in self.pieces():
+            yield from numbers.tolist()
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """A numeric array, some elements at a time."""
+        dtype = self._dtype
+        for first in range(0, self.count, PIECE_ITEMS):
+            n_bytes = min(PIECE_ITEMS, self.count - first) * dtype.itemsize
+            yield np.frombuffer(self._read(self.offset + first * dtype.itemsize, n_bytes), dtype=dtype)
 
     def head(self, n: int) -> list[Scalar]:
         """The first n elements."""
@@ -93,13 +107,17 @@ class GGUFArray:
 
     def tolist(self) -> list[Scalar]:
         """All elements."""
-        return list(self)
+        return cast("list[Scalar]", self.numpy().tolist()) if self._is_numeric else list(self)
 
     def numpy(self, n: int | None = None) -> NDArray[Any]:
         """The first n elements of a numeric array, or all."""
-        dtype = np.dtype(self._order + SCALAR_CODES[self.element_type])
+        dtype = self._dtype
         count = self.count if n is None else min(n, self.count)
         return np.frombuffer(self._read(self.offset, count * dtype.itemsize), dtype=dtype)
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._order + SCALAR_CODES[self.element_type])
 
     @property
     def _is_numeric(self) -> bool:

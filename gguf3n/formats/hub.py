@@ -43,8 +43,8 @@ from gguf3n.formats.checkpoint import (
     read_tensor_table,
     weight_map,
 )
+from gguf3n.formats.remote import RemoteFile
 from gguf3n.formats.rows import Stored
-from gguf3n.formats.transport import LENGTH
 from gguf3n.outside import inert, masked, one_line
 
 SMALL_FILES = (
@@ -235,34 +235,28 @@ def file_address(
 
 
 def _fetch_header(checkpoint: FetchedCheckpoint, name: str, token: str | bool | None) -> tuple[bytes, int]:
-    """The first bytes of a safetensors file, with at least its header, and the size of the file."""
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    """The first bytes of a safetensors file, with at least its header, and the size of the file.
 
-    url = hf_hub_url(checkpoint.repo_id, name, revision=checkpoint.commit)
-    headers = build_hf_headers(token=token, library_name="gguf3n")
-    headers["Accept-Encoding"] = "identity"  # a CDN that compresses ignores ranges
+    Why not by huggingface_hub: it keeps whatever a server sends, which may be the whole file.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    def first(n_bytes: int) -> tuple[bytes, int]:
-        headers["Range"] = f"bytes=0-{n_bytes - 1}"
-        response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        hf_raise_for_status(response)
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        file_bytes = int(total) if LENGTH.fullmatch(total) else len(response.content)
-        if file_bytes > MAX_FILE_BYTES:
-            raise HubError(
-                f"{checkpoint.repo_id}: {name} is too large",
-                expected=f"{MAX_FILE_BYTES:,} bytes at most",
-                found=f"{file_bytes:,}",
-            )
-        return response.content[:n_bytes], file_bytes
-
-    raw, file_bytes = first(HEADER_REQUEST_BYTES)
-    if len(raw) >= 8:
-        header_end = 8 + struct.unpack("<Q", raw[:8])[0]
-        if len(raw) < header_end <= min(file_bytes, 8 + MAX_HEADER_BYTES):
-            raw, file_bytes = first(header_end)
-    return raw, file_bytes
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled(f"the header of {name} is not in the cache")
+    url, headers = file_address(checkpoint.repo_id, name, checkpoint.commit, token=token)
+    file = RemoteFile(url, headers, name=f"{checkpoint.repo_id}/{name}", block_bytes=HEADER_REQUEST_BYTES)
+    if file.n_bytes > MAX_FILE_BYTES:
+        raise HubError(
+            f"{checkpoint.repo_id}: {name} is too large",
+            expected=f"{MAX_FILE_BYTES:,} bytes at most",
+            found=f"{file.n_bytes:,}",
+        )
+    n_bytes = HEADER_REQUEST_BYTES
+    start = file.read_at(0, 8)
+    if len(start) == 8:
+        n_bytes = min(max(n_bytes, 8 + struct.unpack("<Q", start)[0]), 8 + MAX_HEADER_BYTES)
+    return file.read_at(0, n_bytes), file.n_bytes
 
 
 def _list_files(repo_id: str, revision: str, token: str | bool | None) -> tuple[list[str], str, Exception | None]:

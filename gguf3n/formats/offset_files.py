@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf3n.errors import Gguf3nError
+from gguf3n.errors import MORE_HANDLES, TOO_MANY_OPEN, Gguf3nError
 
 
 class OffsetFiles:
@@ -59,7 +59,9 @@ class OffsetFiles:
         try:
             n = self.read_into(path, offset, buffer)
         except OSError as cause:
-            raise error(f"{path}: tensor {tensor!r} cannot be read", found=cause.strerror or str(cause)) from cause
+            fix = MORE_HANDLES if cause.errno in TOO_MANY_OPEN else None
+            found = cause.strerror or str(cause)
+            raise error(f"{path}: tensor {tensor!r} cannot be read", found=found, fix=fix) from cause
         if n != buffer.nbytes:
             raise error(
                 f"{path}: the file became shorter while tensor {tensor!r} was read",

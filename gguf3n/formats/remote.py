@@ -117,12 +117,21 @@ class RemoteFile:
 
     Args:
         name: what it is called instead of its address; without one it is the address without what may be secret.
+        block_bytes: read at once, from its start too.
 
     Raises: HubError where the server does not answer as it should, in the constructor and when reading.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str] | None = None, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        name: str | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
         self.name = name or masked(url)
+        self._block_bytes = block_bytes
         try:
             self.url = checked_address(url)
         except ValueError as error:
@@ -139,7 +148,7 @@ class RemoteFile:
         """What was streamed of a file whose server ignores ranges."""
         self._stream: Iterator[bytes] | None = None
         self._size: int | None = None
-        self._keep(0, self._fetch(0, BLOCK_BYTES))
+        self._keep(0, self._fetch(0, self._block_bytes))
         if self._size is None:
             raise self._error("the server does not say how large the file is")
         self.n_bytes = self._size
@@ -151,17 +160,17 @@ class RemoteFile:
         if self._head is not None:
             self._pull(end)
             return bytes(self._head[offset:end])
-        if end - offset > BLOCK_BYTES * MAX_BLOCKS // 2:
+        if end - offset > self._block_bytes * MAX_BLOCKS // 2:
             return self._fetch(offset, end)
-        first, last = offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
+        first, last = offset // self._block_bytes, (end - 1) // self._block_bytes
         missing = [i for i in range(first, last + 1) if i not in self._blocks]
         got: dict[int, bytes] = {i: self._blocks[i] for i in range(first, last + 1) if i in self._blocks}
         if missing:
-            start = missing[0] * BLOCK_BYTES
-            data = self._fetch(start, min((missing[-1] + 1) * BLOCK_BYTES, self.n_bytes))
+            start = missing[0] * self._block_bytes
+            data = self._fetch(start, min((missing[-1] + 1) * self._block_bytes, self.n_bytes))
             got.update(self._keep(start, data))
         joined = b"".join(got[i] for i in range(first, last + 1))
-        return joined[offset - first * BLOCK_BYTES : end - first * BLOCK_BYTES]
+        return joined[offset - first * self._block_bytes : end - first * self._block_bytes]
 
     def sibling(self, file_name: str) -> RemoteFile:
         """The file of another name at the same place."""
@@ -171,7 +180,10 @@ class RemoteFile:
         return RemoteFile(url, self._headers, name=self.name.rpartition(separator)[0] + separator + file_name)
 
     def _keep(self, start: int, data: bytes) -> dict[int, bytes]:
-        blocks = {(start + at) // BLOCK_BYTES: data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)}
+        blocks = {
+            (start + at) // self._block_bytes: data[at : at + self._block_bytes]
+            for at in range(0, len(data), self._block_bytes)
+        }
         self._blocks.update(blocks)
         while len(self._blocks) > MAX_BLOCKS:
             self._blocks.popitem(last=False)
@@ -335,7 +347,9 @@ class RemoteFile:
             403: "log in with `hf auth login` or set HF_TOKEN, and accept the model's license on its page",
             404: "check the address",
         }
-        return self._error("the server refuses", found=f"HTTP {error.code} {error.reason}", fix=fix.get(error.code))
+        is_gated = error.headers.get("X-Error-Code") == "GatedRepo"  # as the Hub says it
+        what = "gated: only for accounts that have accepted the license" if is_gated else "the server refuses"
+        return self._error(what, found=f"HTTP {error.code} {error.reason}", fix=fix.get(error.code))
 
     def _error(
         self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None

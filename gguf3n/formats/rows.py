@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
@@ -428,9 +429,22 @@ def widen_with_numpy(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
         case "BF16":
             np.left_shift(raw.view("<u2"), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
         case _:
-            with np.errstate(all="ignore"):  # scales that are not finite
-                out[:] = dequantize(raw, QType[dtype])
+            dequantize_into(raw, QType[dtype], out)
     return largest_magnitude(out)
+
+
+def dequantize_into(raw: NDArray[np.uint8], qtype: QType, out: Values) -> None:
+    """Bytes of whole blocks as values, some blocks at a time. Why: the package takes many times the memory of a row.
+
+    Shapes: raw and out are contiguous. Raises: NotImplementedError.
+    """
+    block_weights, block_bytes = GGML_QUANT_SIZES[qtype]
+    n_blocks = CHUNK_WEIGHTS // block_weights
+    data, values = raw.reshape(-1), out.reshape(-1)
+    with np.errstate(all="ignore"):  # scales that are not finite
+        for first in range(0, max(len(data) // block_bytes, 1), n_blocks):
+            some = data[first * block_bytes : (first + n_blocks) * block_bytes]
+            values[first * block_weights : (first + n_blocks) * block_weights] = dequantize(some, qtype)
 
 
 def largest_magnitude(values: Values) -> float:

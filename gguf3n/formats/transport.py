@@ -11,6 +11,7 @@ import io
 import re
 import socket
 import string
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -77,9 +78,54 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Timed(received, connection, clock))
 
 
+def _connected(clock: Clock, address: tuple[str, int], wait: float, *_: Any) -> socket.socket:
+    """A connection to the first address of a name that answers, all within the clock's time.
+
+    Why: Python's own waits as long for each address, and for DNS as long as the system does.
+    """
+    failed: OSError = OSError(f"no address of {address[0]}")
+    for family, kind, protocol, _, place in _addresses(clock, address):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(min(wait, clock.left()))
+            connection.connect(place)
+            connection.settimeout(wait)
+            return connection
+        except OSError as error:
+            failed = error
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+    raise failed
+
+
+def _addresses(clock: Clock, address: tuple[str, int]) -> list[Any]:
+    """What DNS knows of a name. Why a thread: nothing else ends that wait. Raises: OSError; TimeoutError."""
+    found: list[Any] = []
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            found.extend(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(clock.left())
+    if failed:
+        raise failed[0]
+    if asking.is_alive():
+        clock.left()
+        raise TimeoutError(f"no answer from DNS for {address[0]}")
+    return found
+
+
 def _connection(kind: type[http.client.HTTPConnection], clock: Clock) -> Any:
     def connect(host: str, **options: Any) -> http.client.HTTPConnection:
         connection = kind(host, **options)
+        connection._create_connection = functools.partial(_connected, clock)  # type: ignore[attr-defined]
         connection.response_class = functools.partial(_Response, clock=clock)  # type: ignore[assignment]
         return connection
 

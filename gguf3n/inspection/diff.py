@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import Keys
 
+from gguf3n.formats.gguf_layout import GGUFValueType
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
 from gguf3n.formats.rows import RowReader, Stored, chunks
 from gguf3n.progress import Meter, OnProgress
@@ -126,15 +128,19 @@ def _same(x: Any, y: Any) -> bool:
 
 def _n_different(x: GGUFArray, y: GGUFArray) -> int:
     more = abs(len(x) - len(y))
-    return more + sum(not _same(i, j) for i, j in zip(x, y, strict=False))
+    if x.element_type is not y.element_type or x.element_type is GGUFValueType.STRING:
+        return more + sum(not _same(i, j) for i, j in zip(x, y, strict=False))
+    for i, j in zip(x.pieces(), y.pieces(), strict=False):
+        n = min(len(i), len(j))
+        i, j = i[:n], j[:n]
+        more += n - int(((i == j) | ((i != i) & (j != j))).sum())
+    return more
 
 
 def _tokens(a: GGUFFile, b: GGUFFile) -> Iterator[TokenChange]:
     """The first tokens that differ. Why: keys say how many; a list of all would be as long as the vocabulary."""
-    rows = [_columns(gguf) for gguf in (a, b)]
     shown = 0
-    for i in range(max(map(len, rows))):
-        x, y = (r[i] if i < len(r) else () for r in rows)
+    for i, (x, y) in enumerate(zip_longest(_rows(a), _rows(b), fillvalue=())):
         if x != y:
             yield TokenChange(i, x, y)
             shown += 1
@@ -142,9 +148,9 @@ def _tokens(a: GGUFFile, b: GGUFFile) -> Iterator[TokenChange]:
                 return
 
 
-def _columns(gguf: GGUFFile) -> list[tuple[Any, ...]]:
+def _rows(gguf: GGUFFile) -> Iterator[tuple[Any, ...]]:
     arrays = [gguf.keys[name].value for name in VOCABULARY if name in gguf.keys]
-    return list(zip(*(array.tolist() for array in arrays if isinstance(array, GGUFArray)), strict=False))
+    return zip(*(array for array in arrays if isinstance(array, GGUFArray)), strict=False)
 
 
 def _tensors(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import gguf3n
-from gguf3n.engines import template_process
+from gguf3n.engines import child_process, template_process
 from gguf3n.engines.template_process import (
     MAX_CHARS,
     TemplateProcess,
@@ -22,7 +22,7 @@ from gguf3n.engines.template_process import (
     jinja_process,
     llama_cpp_process,
 )
-from gguf3n.errors import GGUFError, TokenizerError
+from gguf3n.errors import GGUFError, TokenizerError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.gemma3n.source import open_source
 from gguf3n.validation.candidate import Candidate
@@ -135,6 +135,13 @@ def test_torch_is_not_loaded() -> None:
         maps = Path(f"/proc/{templates._child.pid}/maps")
         if maps.exists():
             assert "torch" not in maps.read_text()
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_process, "PROGRAM", "import sys; sys.exit('no such thing')")
+    with closing(in_jinja(SOUND)) as templates, pytest.raises(UsageError, match="does not start") as error:
+        templates.render(CHAT)
+    assert "no such thing" in str(error.value)
 
 
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

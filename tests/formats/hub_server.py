@@ -16,6 +16,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,6 +25,9 @@ from urllib.parse import unquote, urlsplit
 API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>revision|tree)/(?P<revision>[^/]+)")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 CDN = re.compile(r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+PIECE_BYTES = 1 << 16
 
 
 @dataclass
@@ -77,6 +81,8 @@ class HubServer:
         etags: file name -> what is said to be its hash.
         api_commit, file_commit: what the API, and the answers for files, say that the commit is.
         warning: what the Hub wants its users to read.
+        ranges: whether it knows ranges.
+        n_sent: bytes of each file that were taken from it.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -88,6 +94,8 @@ class HubServer:
     api_commit: str | None = None
     file_commit: str | None = None
     warning: str | None = None
+    ranges: bool = True
+    n_sent: Counter[str] = field(default_factory=Counter)
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, data: bytes, headers: dict[str, str] | None = None) -> None:
         data = self.hub.sent.get(name, data)
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "") if self.hub.ranges else "")
         begin = int(asked[1]) if asked else 0
         end = min(int(asked[2]) + 1, len(data)) if asked and asked[2] else len(data)
         self.send_response(206 if asked else 200)
@@ -226,7 +234,14 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.stalls:
             time.sleep(60)
         if cut < 0:
-            self.wfile.write(data[begin:end])
+            for at in range(begin, end, PIECE_BYTES):
+                piece = data[at : min(at + PIECE_BYTES, end)]
+                try:
+                    self.wfile.write(piece)
+                except OSError:  # enough was read
+                    self.close_connection = True
+                    return
+                self.hub.n_sent[name] += len(piece)
         else:
             self.wfile.write(data[begin : begin + cut])
             self.wfile.flush()

@@ -479,7 +479,17 @@ class TestTensorTable:
         (header_bytes,) = struct.unpack("<Q", files[SINGLE_FILE][:8])
         assert header_bytes > hub.HEADER_REQUEST_BYTES
         ranges = [request.range for request in server.requests if request.host == "cdn"]
-        assert ranges == [f"bytes=0-{hub.HEADER_REQUEST_BYTES - 1}", f"bytes=0-{header_bytes + 7}"]
+        first = hub.HEADER_REQUEST_BYTES
+        assert ranges == [f"bytes=0-{first - 1}", f"bytes={first}-{2 * first - 1}"]
+        assert header_bytes + 8 <= 2 * first
+
+    def test_a_server_that_sends_the_whole_file(self, server: HubServer, client: Client) -> None:
+        """It is read as far as the header goes, and no further."""
+        large = safetensors(big=50_000_000)
+        server.add(NAME, SMALL | {SINGLE_FILE: large})
+        server.ranges = False
+        assert len(client.fetch(weights=False, table=True)["table"]) == 1
+        assert server.n_sent[SINGLE_FILE] < 20_000_000
 
     def test_broken_header(self, server: HubServer, client: Client) -> None:
         server.add(NAME, SMALL | {SINGLE_FILE: b"version https://git-lfs.github.com/spec/v1\noid sha256:00"})

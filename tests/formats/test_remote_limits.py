@@ -106,6 +106,48 @@ def test_an_endless_answer_that_redirects_is_not_read() -> None:
         assert len(seen) == 2
 
 
+def test_dns_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] if answered.wait(30) else None)
+    started = time.monotonic()
+    with pytest.raises(HubError, match=r"x\.gguf: the server does not give"):
+        remote.RemoteFile("http://nowhere.example/x.gguf")
+    answered.set()
+    assert time.monotonic() - started < LIMIT + 1
+
+
+def test_a_name_of_many_dead_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes its time; all together no more than a read may."""
+    tried: list[object] = []
+
+    class Dead(socket.socket):
+        def connect(self, place: object) -> None:
+            tried.append(place)
+            time.sleep(self.gettimeout() or 30)
+            raise TimeoutError("timed out")
+
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{i}", 80)) for i in range(200)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(transport.socket, "socket", Dead)
+    monkeypatch.setattr(remote, "TIMEOUT_SECONDS", LIMIT / 4)
+    started = time.monotonic()
+    with pytest.raises(HubError, match=r"x\.gguf: the server does not give"):
+        remote.RemoteFile("http://nowhere.example/x.gguf")
+    assert time.monotonic() - started < LIMIT + 1
+    assert 2 <= len(tried) < 10
+
+
+def test_the_second_address_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(sends(OK)) as (url, _):
+        port = int(url.split(":")[2].partition("/")[0])
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            dead = closed.getsockname()
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in (dead, ("127.0.0.1", port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        assert remote.RemoteFile(f"http://name.example:{port}/x.gguf").n_bytes == 4
+
+
 def redirect(location: str) -> bytes:
     return f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode("latin-1")
 

@@ -19,6 +19,7 @@ from gguf3n.formats import rows as module
 from gguf3n.formats.byte_source import ByteSource
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.rows import (
+    CHUNK_WEIGHTS,
     DTYPE_BYTES,
     FLOAT_DTYPES,
     ROW_GROUP,
@@ -34,6 +35,7 @@ from gguf3n.formats.rows import (
     Zeros,
     chunks,
     cut,
+    dequantize_into,
     largest_magnitude,
     stored_tensors,
     widen_with_numpy,
@@ -500,3 +502,16 @@ def test_another_way_to_widen(tmp_path: Path) -> None:
     with closing(RowReader(widen)) as reader:
         found, largest = read(stored, reader, 40)
     assert (found == 40 * 128).all() and largest == 5.0
+
+
+@pytest.mark.parametrize("qtype", [QType.Q8_0, QType.Q4_K, QType.IQ2_XXS, QType.IQ4_NL])
+def test_blocks_are_dequantized_some_at_a_time(qtype: QType) -> None:
+    """Whatever their number, with the same values as all at once."""
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
+    for n_blocks in (1, CHUNK_WEIGHTS // block_weights, 2 * CHUNK_WEIGHTS // block_weights + 3):
+        raw = np.random.default_rng(n_blocks).integers(0, 60, n_blocks * block_bytes, dtype=np.uint8)
+        out = np.empty((1, n_blocks * block_weights), np.float32)
+        dequantize_into(raw, qtype, out)
+        assert out.tobytes() == gguf.quants.dequantize(raw, qtype).tobytes()
+    with pytest.raises(NotImplementedError):
+        dequantize_into(np.empty(0, np.uint8), QType.Q8_K, np.empty((0, 256), np.float32))
