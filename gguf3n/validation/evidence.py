@@ -11,7 +11,7 @@ from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.rows import Values
 from gguf3n.validation.bands import FEW, HOLDS, MARGIN, ROW_RATIO, Spread
-from gguf3n.validation.rules import RULES, floor, impossible, off_columns, rule_breakers
+from gguf3n.validation.rules import RULES, are_strangers, floor, impossible, off_columns, rule_breakers
 from gguf3n.validation.weights import dequantize_into
 from gguf3n.validation.yardsticks import (
     ERROR,
@@ -167,19 +167,23 @@ def examine(
     shares = misplaced(x, q, qtype)
     own_shares = shares if same.all() else misplaced(x, own, qtype)
     worse, odd = _unlike_ours(x, q, own, same, qtype)
-    bad: Flags = ~np.isfinite(errors) | (_unrelated(x, q) & ~_unrelated(x, own))
+    strange = _unrelated(x, q) & ~_unrelated(x, own)
+    bad: Flags = ~np.isfinite(errors)
     unruly, factor, rate = 0.0, 1.0, 0.0
     if weighted and not same.all():
+        odd = odd | (strange[:, None] & ~same)
         filled, ours = (values.reshape(len(q), n_blocks, -1).any(axis=2) for values in (q, own))
         alive = filled.any(axis=0) if usual is None else usual.alive
         bad |= impossible(x, q, blocks, qtype, alive).any(axis=1)
         gone = ours & ~filled
         rate = float(np.median(gone[:, alive].mean(axis=1))) if usual is None and alive.any() else 0.0
         rate = rate if usual is None else usual.vanishing
+        bad |= are_strangers(x, q, qtype) & strange
         bad |= ours.any(axis=1) & ~alive.any() | (_longest(gone & alive) * -np.log10(rate + RARE) > BEYOND_CHANCE)
         unruly = float(rule_breakers(x, q, blocks, qtype)[~bad].mean()) if not bad.all() else 0.0
-        factor = off_columns(x, q, qtype) if len(x) >= MIN_ROWS_FOR_COLUMNS else 1.0
+        factor = off_columns(x[~bad], q[~bad], qtype) if (~bad).sum() >= MIN_ROWS_FOR_COLUMNS else 1.0
     elif not weighted:
+        bad |= strange
         bad |= ~q.any(axis=1) & own.any(axis=1)
         bad |= shares > allowed.row_misplaced + own_shares
         bad |= errors > np.maximum(ROW_RATIO * own_errors, negligible(qtype))
