@@ -136,7 +136,7 @@ def unruly(x: Values, q: Values, blocks: Blocks, qtype: QType) -> NDArray[np.flo
             slack = np.repeat(_slack(blocks, qtype), len(a) // (len(x) * n_blocks))
             broken = _not_nearest(a, b, slack.astype(np.float32)[:, None])
         case "sign":
-            return _other_signs(x, q, qtype).reshape(len(x), n_blocks, -1).mean(axis=2)
+            broken = _other_signs(x, q, qtype)
         case _:
             broken = nearest_other(a, b) < np.abs(a - b) * np.float32(CLEARLY)
     share: NDArray[np.float64] = broken.reshape(len(x), n_blocks, -1).mean(axis=2)
