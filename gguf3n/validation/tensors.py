@@ -438,7 +438,7 @@ def _suspects(sums: NDArray[np.float64], errors: PerRow, sample: Evidence) -> ND
         cosine = sums[:, PRODUCT] / np.sqrt(sums[:, SOURCE] * sums[:, FOUND])
         excesses = (
             errors / limit,
-            sums[:, WORST] / usual[:, WORST].max(initial=0),
+            np.sqrt(sums[:, WORST] / usual[:, WORST].max(initial=0)),
             usual[:, LEAST].min(initial=1) / sums[:, LEAST],
             sums[:, MOST] / usual[:, MOST].max(initial=1),
             np.where(sums[:, VANISHED] > usual[:, VANISHED].max(initial=0), np.inf, 0),
@@ -589,10 +589,8 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
             yield Problem(verdict, _some(names), what)
     for outcome in outcomes:
         if outcome.idle_columns:
-            what = (
-                f"{outcome.idle_columns} columns are zero: right only if the importance matrix counted nothing there: "
-            )
-            yield Problem(Verdict.WARN, outcome.pair.name, what + "see --imatrix")
+            what = f"{outcome.idle_columns} columns are zero: right only if the importance matrix counted nothing there"
+            yield Problem(Verdict.WARN, outcome.pair.name, f"{what}: see --imatrix")
     names = [outcome.pair.name for outcome in outcomes if outcome.unlike_plain]
     if names:
         what = "quantized as if with an importance matrix, or by another quantizer; the file's keys name none"
