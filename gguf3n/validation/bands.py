@@ -86,6 +86,24 @@ BANDS: Mapping[QType, Band] = {
 # fmt: on
 
 SHOWN: Mapping[QType, Shown] = {
+    QType.Q4_0: Shown(0.01, 0.05),
+    QType.Q4_1: Shown(0.01, 0.05),
+    QType.Q5_0: Shown(0.005, 0.02),
+    QType.Q5_1: Shown(0.01, 0.02),
+    QType.Q2_K: Shown(0.002, 0.005),
+    QType.Q3_K: Shown(0.002, 0.005),
+    QType.Q4_K: Shown(0.002, 0.005),
+    QType.Q5_K: Shown(0.002, 0.005),
+    QType.Q6_K: Shown(0.002, 0.005),
+    QType.IQ4_NL: Shown(0.002, 0.005),
+    QType.IQ4_XS: Shown(0.002, 0.005),
+    QType.IQ3_S: Shown(0.002, 0.5),
+    QType.IQ3_XXS: Shown(0.02, 0.5),
+    QType.IQ2_XXS: Shown(0.02, None),
+    QType.IQ2_XS: Shown(0.02, None),
+    QType.IQ2_S: Shown(0.002, 0.5),
+    QType.IQ1_S: Shown(None, 0.5),
+    QType.IQ1_M: Shown(None, None),
 }
 """Of each type that importances change, where they are not known.
 

@@ -11,7 +11,7 @@ from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.rows import Values
 from gguf3n.validation.bands import FEW, HOLDS, MARGIN, ROW_RATIO, Spread
-from gguf3n.validation.rules import RULES, floor, impossible, off_columns, rule_breakers
+from gguf3n.validation.rules import RULES, are_strangers, floor, impossible, off_columns, rule_breakers
 from gguf3n.validation.weights import dequantize_into
 from gguf3n.validation.yardsticks import (
     ERROR,
@@ -36,6 +36,8 @@ NEGLIGIBLE = 1e-3
 """A relative error that blocks always may have: a scale of half precision can't be nearer."""
 MIN_ROWS_FOR_COLUMNS = 16
 """To say of a column that it is zero everywhere."""
+IDLE = 16
+"""Weights of the smallest sub-block."""
 MOSTLY = 0.5
 """Of the blocks have the bytes of our quantizer where it was given the same importances.
 
@@ -98,7 +100,7 @@ class Evidence:
     @property
     def alive(self) -> Flags:
         """By blocks of a row, whether one is not all zero. Shapes: [n_blocks]."""
-        found: Flags = self.q.reshape(len(self.q), self.same.shape[1], -1).any(axis=2).any(axis=0)
+        found: Flags = np.asarray(_filled(self.q, self.same).any(axis=0))
         return found
 
     @property
@@ -158,28 +160,35 @@ def examine(
             explains it.
         usual: the sample, for other rows.
     """
-    idle = idle_columns(x, q) if weighted else np.zeros(x.shape[1], bool)
-    x = np.where(idle, np.float32(0), x) if idle.any() else x
-    own_blocks, own = requantize(x, qtype, quant_weights)
-    errors, own_errors = row_errors(x, q), row_errors(x, own)
     n_blocks = x.shape[1] // GGML_TYPES[qtype].weights
+    own_blocks, own = requantize(x, qtype, quant_weights)
     same: Flags = (own_blocks == blocks).reshape(len(x), n_blocks, -1).all(axis=2)
+    idle = idle_columns(x, q) if weighted and same.mean() < MOSTLY else np.zeros(x.shape[1], bool)
+    if idle.any():
+        x = np.where(idle, np.float32(0), x)
+        own_blocks, own = requantize(x, qtype, quant_weights)
+        same = (own_blocks == blocks).reshape(*same.shape, -1).all(axis=2)
+    errors, own_errors = row_errors(x, q), row_errors(x, own)
     shares = misplaced(x, q, qtype)
     own_shares = shares if same.all() else misplaced(x, own, qtype)
     worse, odd = _unlike_ours(x, q, own, same, qtype)
-    bad: Flags = ~np.isfinite(errors) | (_unrelated(x, q) & ~_unrelated(x, own))
+    strange = _unrelated(x, q) & ~_unrelated(x, own)
+    bad: Flags = ~np.isfinite(errors)
     unruly, factor, rate = 0.0, 1.0, 0.0
     if weighted and not same.all():
-        filled, ours = (values.reshape(len(q), n_blocks, -1).any(axis=2) for values in (q, own))
-        alive = filled.any(axis=0) if usual is None else usual.alive
+        odd = odd | (strange[:, None] & ~same)
+        filled, ours = _filled(q, same), _filled(own, same)
+        alive: Flags = np.asarray(filled.any(axis=0)) if usual is None else usual.alive
         bad |= impossible(x, q, blocks, qtype, alive).any(axis=1)
         gone = ours & ~filled
         rate = float(np.median(gone[:, alive].mean(axis=1))) if usual is None and alive.any() else 0.0
         rate = rate if usual is None else usual.vanishing
+        bad |= are_strangers(x, q, qtype) & strange
         bad |= ours.any(axis=1) & ~alive.any() | (_longest(gone & alive) * -np.log10(rate + RARE) > BEYOND_CHANCE)
         unruly = float(rule_breakers(x, q, blocks, qtype)[~bad].mean()) if not bad.all() else 0.0
-        factor = off_columns(x, q, qtype) if len(x) >= MIN_ROWS_FOR_COLUMNS else 1.0
+        factor = off_columns(x[~bad], q[~bad], qtype) if (~bad).sum() >= MIN_ROWS_FOR_COLUMNS else 1.0
     elif not weighted:
+        bad |= strange
         bad |= ~q.any(axis=1) & own.any(axis=1)
         bad |= shares > allowed.row_misplaced + own_shares
         bad |= errors > np.maximum(ROW_RATIO * own_errors, negligible(qtype))
@@ -202,6 +211,12 @@ def examine(
         vanishing=rate,
         n_idle=int(idle.sum()),
     )
+
+
+def _filled(values: Values, blocks: Flags) -> Flags:
+    """The blocks that are not all zero. Shapes: [n_rows, n_blocks], as those of `blocks`."""
+    found: Flags = np.asarray(values.reshape(*blocks.shape, -1).any(axis=2))
+    return found
 
 
 def _longest(flags: Flags) -> NDArray[np.int64]:
@@ -275,12 +290,14 @@ def negligible(qtype: QType) -> float:
 
 
 def idle_columns(x: Values, q: Values) -> Flags:
-    """Columns that are zero in every row of the file and not in the source; none if all are.
+    """Columns that are zero in every row of the file and not in the source, with all of their IDLE; none if all are.
 
-    Why: llama.cpp's quantizers write zeros for blocks whose columns have no counts in the importance matrix.
+    Why: llama.cpp's quantizers write zeros for sub-blocks whose columns have no counts in the importance matrix.
     """
     used: Flags = np.asarray(x.any(axis=0))
     idle: Flags = used & ~np.asarray(q.any(axis=0))
+    if len(q) and q.shape[1] % IDLE == 0:
+        idle &= np.repeat(~q.reshape(len(q), -1, IDLE).any(axis=(0, 2)), IDLE)
     return idle if len(x) >= MIN_ROWS_FOR_COLUMNS and (idle != used).any() else np.zeros_like(idle)
 
 

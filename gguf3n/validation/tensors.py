@@ -3,12 +3,12 @@
 Each row's relative error is measured, and what its worst unit of weights is like. Then some rows of every tensor, and
 those that stand out, are quantized again with our own quantizer (see evidence), whose bytes are llama.cpp's:
 
-    the sample has our bytes       the tensor is proved, and so is each row that stands out: it has them too, or is wrong
-    it has not, and no importance  the file is sound where its error is that of its type on these very weights, and its
-    matrix was used, or a known    levels are those that the weights round to (see bands and yardsticks): ggml may have
-                                   been compiled in another way
-    an unknown one was used        only what no importances explain is a failure (see rules); what most don't is a
-                                   warning, which `--imatrix` decides
+    the sample has our bytes     the tensor is proved, and so is each row that stands out: it has them too, or is wrong
+    most of it has, or no        the file is sound where its error is that of its type on these very weights, and its
+    importances were used        levels are those that the weights round to (see bands and yardsticks): ggml may have
+                                 been compiled in another way
+    unknown ones were used       only what no importances explain is a failure (see rules); what most don't is a
+                                 warning, which `--imatrix` decides
 
     fault                                      shows in
     zeroed, foreign, shifted, damaged rows     their own errors: 1.0, 1.4, more
@@ -446,7 +446,7 @@ def _suspects(sums: NDArray[np.float64], errors: PerRow, sample: Evidence) -> ND
         cosine = sums[:, PRODUCT] / np.sqrt(sums[:, SOURCE] * sums[:, FOUND])
         excesses = (
             errors / limit,
-            sums[:, WORST] / usual[:, WORST].max(initial=0),
+            np.sqrt(sums[:, WORST] / usual[:, WORST].max(initial=0)),
             usual[:, LEAST].min(initial=1) / sums[:, LEAST],
             sums[:, MOST] / usual[:, MOST].max(initial=1),
             np.where(sums[:, VANISHED] > usual[:, VANISHED].max(initial=0), np.inf, 0),
@@ -509,9 +509,10 @@ def _fault(
             return _Fault(sample.rows[:MAX_ROWS], "", f"not what the importance matrix makes of the source: {share}")
         return None
     broken = sample.unruly > FEW or sample.factor != 1
-    others = sample.misplaced[~bad_rows[0]]
     if not weighted:
-        broken = bool(len(others)) and others.mean() > allowed.misplaced
+        others = sample.misplaced[~bad_rows[0]]
+        own = MARGIN * sample.own_misplaced[~bad_rows[0]]
+        broken = bool(len(others)) and others.mean() > max(allowed.misplaced, own.mean() + FEW)
     if not len(bad) or bad_rows[0].mean() >= NEARLY_ALL or broken:
         return _Fault(_spread_out(bad if len(bad) else sample.rows, MAX_ROWS), "")
     good = np.concatenate([evidence.errors[~flags] for evidence, flags in zip(looked_at, bad_rows, strict=True)])
@@ -597,7 +598,7 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
     for outcome in outcomes:
         if outcome.idle_columns:
             what = f"{outcome.idle_columns} columns are zero: right only if the importance matrix counted nothing there"
-            yield Problem(Verdict.WARN, outcome.pair.name, what)
+            yield Problem(Verdict.WARN, outcome.pair.name, f"{what}: see --imatrix")
     names = [outcome.pair.name for outcome in outcomes if outcome.unlike_plain]
     if names:
         what = "quantized as if with an importance matrix, or by another quantizer; the file's keys name none"
@@ -606,7 +607,8 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
     for outcome in odd[:MAX_ODD]:
         yield Problem(Verdict.WARN, outcome.pair.name, outcome.odd)
     if len(odd) > MAX_ODD:
-        yield Problem(Verdict.WARN, _some([outcome.pair.name for outcome in odd[MAX_ODD:]]), "have such rows too")
+        names = [outcome.pair.name for outcome in odd[MAX_ODD:]]
+        yield Problem(Verdict.WARN, _some(names), "have such rows too: see --imatrix")
     names = [outcome.pair.name for outcome in outcomes if outcome.is_unsure and outcome.fault is None]
     if names:
         what = "lost more than most importance matrices make a type lose; sound if that is the matrix's doing, which "

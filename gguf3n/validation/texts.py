@@ -143,8 +143,8 @@ CHATS: Mapping[str, Chat] = {
     ),
     "chat of lists": (
         {"role": "system", "content": [{"type": "text", "text": "  Be brief. "}]},
-        {"role": "user", "content": [{"type": "text", "text": " What is 2 + 2? "}, {"type": "text", "text": "And 3 + 3?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "4 and 6."}]},
+        {"role": "user", "content": [{"type": "text", "text": " What is 2 + 2? "}, {"type": "text", "text": "And 3?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "4 and 3."}]},
         {"role": "user", "content": [{"type": "text", "text": "Thanks!\n"}]},
     ),
     "chat of a list without a system message": (

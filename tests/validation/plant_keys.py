@@ -168,6 +168,29 @@ FAULTS: dict[str, Fault] = {
     ),
     "another end token": Fault(setting("tokenizer.ggml.eos_token_id", "uint32", 107), "tokenizer.ggml.eos_token_id"),
     "another end of turn": Fault(setting("tokenizer.ggml.eot_token_id", "uint32", 105), "tokenizer.ggml.eot_token_id"),
+    "a piece that ends a message": Fault(
+        setting("tokenizer.ggml.eom_token_id", "uint32", 600), "tokenizer.ggml.eom_token_id"
+    ),
+    "a piece that ends generation": Fault(
+        setting("tokenizer.ggml.fim_pad_token_id", "uint32", 600), "tokenizer.ggml.fim_pad_token_id"
+    ),
+    "a piece that fills in": Fault(
+        setting("tokenizer.ggml.fim_pre_token_id", "uint32", 600),
+        "tokenizer.ggml.fim_pre_token_id",
+        warns=("structure",),
+    ),
+    "another temperature": Fault(
+        setting("general.sampling.temp", "float32", 2.0), "general.sampling.temp", warns=("structure",)
+    ),
+    "another sampler": Fault(
+        setting("general.sampling.min_p", "float32", 0.9), "general.sampling.min_p", warns=("structure",)
+    ),
+    "lists without their spaces cut off": Fault(
+        edit_template("{{ part.text | trim }}", "{{ part.text }}"), TEMPLATE, TEMPLATE, warns=("structure",)
+    ),
+    "another mark for images": Fault(
+        edit_template("<image_soft_token>", "<image>"), TEMPLATE, warns=("structure",)
+    ),
     "a second begin token": Fault(
         edit_template("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"), TEMPLATE, TEMPLATE
     ),
