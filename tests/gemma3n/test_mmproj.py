@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from gguf3n.recipes import For, find_recipe, preset_names
 from tests import micro
 from tests.inspection.faults import change_tensor, drop_tensors, set_key
 from workshop import checkpoints
+from workshop.pages import MMPROJ
 from workshop.places import FIXTURES
 
 NAMES = json.loads((FIXTURES / "llama_cpp" / "mmproj_names.json").read_text("utf-8"))
@@ -78,6 +80,19 @@ def test_every_tensor_is_written_as_llama_cpp_names_it(size: str) -> None:
         assert tensor.shape == ((1, *shape, 1, 1) if is_map else shape)
         assert (tensor.storage.forced is QType.F32) == (THEIRS[name][1] == "F32")
     assert sum(tensor.shape[1:] == (tensor.n_weights, 1, 1) for tensor in part.tensors) == 82
+
+
+def test_the_counts_in_the_docs() -> None:
+    page = MMPROJ.read_text("utf-8")
+    storages = Counter(tensor.storage for tensor in mmproj_part(published("e2b")).tensors)
+    norms = sum("conv1d" in tensor.name and "norm" in tensor.name for tensor in mmproj_part(published("e2b")).tensors)
+    for what, n in (
+        ("`a.conv1d.*.norm.weight`", norms),
+        ("`v.blk.*.layer_scale.gamma`", sum(name.endswith("layer_scale.gamma") for name in THEIRS)),
+        ("depthwise convolutions", storages[Storage.DEPTHWISE]),
+        ("other convolutions", storages[Storage.CONVOLUTION]),
+    ):
+        assert f"| {what} ({n})" in page
 
 
 @every_size
@@ -424,7 +439,13 @@ CONFIGS: Mapping[str, tuple[Callable[[dict[str, Any]], object], type[Gguf3nError
         ConfigError,
         "sscp_conv_kernel_size is impossible",
     ),
-    "another width": (lambda raw: raw["vision_config"].update(hidden_size=512), MappingError, "has the wrong shape"),
+    "another width": (lambda raw: raw["vision_config"].update(hidden_size=512), MappingError, "is of another width"),
+    "more rows": (lambda raw: raw["vision_config"].update(vocab_size=99), MappingError, "has the wrong shape"),
+    "a key that is too large": (
+        lambda raw: raw["vision_config"].update(intermediate_size=1 << 30),
+        ConfigError,
+        "intermediate_size is impossible",
+    ),
 }
 
 
