@@ -26,7 +26,7 @@ from gguf3n.gemma3n.source import Checkpoint
 from gguf3n.planning import estimate_encoders, make_plan
 from gguf3n.recipes import For, find_recipe, preset_names
 from tests import micro
-from tests.inspection.faults import change_tensor, drop_tensors, set_key
+from tests.inspection.faults import change_tensor, drafted, drop_tensors, set_key
 from workshop import checkpoints
 from workshop.pages import MMPROJ
 from workshop.places import FIXTURES
@@ -522,6 +522,17 @@ def test_files_of_other_encoders(seeing: Path, tmp_path: Path) -> None:
     set_key(written.path, "clip.vision.projector_type", VT.STRING, "gemma3")
     with pytest.raises(SourceError, match="the encoders of another model"):
         mmproj_part(gguf3n.read_gguf(written.path))
+
+
+def test_keys_in_another_order(seeing: Path, tmp_path: Path) -> None:
+    """Of files that others wrote: none is lost."""
+    (written,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "mmproj.gguf", audio=False)
+    with drafted(written.path) as draft:
+        draft.packed.append(draft.packed.pop(1))
+    (again,) = gguf3n.convert(gguf3n.read_gguf(written.path), mmproj="F16", output=tmp_path / "again.gguf")
+    before, after = gguf3n.open_gguf(written.path), gguf3n.open_gguf(again.path)
+    assert before.all_keys[-1].name == "general.type" and len(after.all_keys) == len(before.all_keys)
+    assert set(after.keys) == set(before.keys)
 
 
 def test_a_vector_of_an_older_converter_becomes_a_map(seeing: Path, tmp_path: Path) -> None:
