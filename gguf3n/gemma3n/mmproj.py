@@ -29,6 +29,8 @@ FILE_KIND = "mmproj"
 """general.type."""
 VISION_PROJECTOR, AUDIO_PROJECTOR = "gemma3nv", "gemma3na"
 
+IMAGE_SIZE = "clip.vision.image_size"
+
 TOWER = "vision_tower.timm_model."
 """What stands before a name of the vision tower."""
 VISION_NAMES, AUDIO_NAMES = ("vision_tower.", "embed_vision."), ("audio_tower.", "embed_audio.")

@@ -24,6 +24,7 @@ from gguf3n.formats.rows import (
     ROW_GROUP,
     Chunk,
     LowRank,
+    Repeated,
     RowReader,
     Rows,
     SourceTensor,
@@ -32,6 +33,7 @@ from gguf3n.formats.rows import (
     View,
     Zeros,
     chunks,
+    cut,
     largest_magnitude,
     stored_tensors,
     widen_with_numpy,
@@ -164,6 +166,24 @@ def a_view_of_a_quantized_tensor(directory: Path) -> Made:
     """Columns in the middle of a block."""
     stored, values = store(directory, "Q4_0")
     return View(stored, range(5, 9), (range(20, 50), range(1))), values[5:9, [*range(20, 50), 0]]
+
+
+@form
+def one_row_repeated(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Repeated(stored, 3, 21), np.repeat(values[3:4], 21, axis=0)
+
+
+@form
+def stored_rows_cut_out(directory: Path) -> Made:
+    stored, values = store(directory, "Q8_0")
+    return cut(stored, 11, 5), values[11:16]
+
+
+@form
+def rows_of_a_view_cut_out(directory: Path) -> Made:
+    stored, values = store(directory, "F16")
+    return cut(View(stored, range(4, 30), (range(8),)), 6, 9), values[10:19, :8]
 
 
 @form
