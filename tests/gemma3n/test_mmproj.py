@@ -282,7 +282,7 @@ def test_quantized_from_a_file_as_from_the_checkpoint(seeing: Path, tmp_path: Pa
         assert each.path.read_bytes() == (tmp_path / each.path.name).read_bytes()
 
 
-def test_the_text_file_is_the_same_with_encoders_in_the_checkpoint(
+def test_llama_cpps_text_file_is_the_same_with_encoders_in_the_checkpoint(
     make_checkpoint: Callable[..., Path], seeing: Path, tmp_path: Path
 ) -> None:
     files = []
@@ -290,7 +290,7 @@ def test_the_text_file_is_the_same_with_encoders_in_the_checkpoint(
         named = tmp_path / str(number) / "named"
         named.parent.mkdir()
         named.symlink_to(source, target_is_directory=True)
-        (written,) = gguf3n.convert(named, "Q8_0", tmp_path / str(number) / "out.gguf")
+        (written,) = gguf3n.convert(named, "Q8_0@llama.cpp", tmp_path / str(number) / "out.gguf")
         files.append(written.path.read_bytes())
     assert files[0] == files[1]
 
