@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
     from gguf3n.quants.api import dequantize, quantize
-    from gguf3n.recipes import Decision, For, Keep, Recipe, Rule, find_recipe
+    from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
     from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from gguf3n.validation.tensor_errors import TensorError, TensorsResult
     from gguf3n.validation.tokens import TokensResult
     from gguf3n.validation.validate import Validation, validate
+    from gguf3n.validation.vision import VisionResult
 
 __version__ = "0.1.0"
 
@@ -91,6 +92,7 @@ __all__ = [
     "Gguf3nError",
     "Group",
     "HubError",
+    "ImageRows",
     "ImportanceMatrix",
     "Interrupted",
     "Keep",
@@ -137,6 +139,7 @@ __all__ = [
     "ValidationOptions",
     "Verdict",
     "View",
+    "VisionResult",
     "Zeros",
     "convert",
     "dequantize",
@@ -191,6 +194,7 @@ _HOMES = {
     "Gguf3nError": "errors",
     "Group": "inspection.lint",
     "HubError": "errors",
+    "ImageRows": "recipes",
     "ImportanceMatrix": "formats.imatrix",
     "Interrupted": "errors",
     "Keep": "recipes",
@@ -237,6 +241,7 @@ _HOMES = {
     "ValidationOptions": "validation.options",
     "Verdict": "validation.result",
     "View": "formats.rows",
+    "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
     "convert": "conversion",
     "dequantize": "quants.api",

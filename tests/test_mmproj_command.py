@@ -60,6 +60,8 @@ def test_a_dry_run(run: Run, source: Path) -> None:
     code, out, _ = run("convert", source, "--mmproj", "F16", "--dry-run", "--json", "--against", "lossless")
     (planned,) = json.loads(out)["outputs"]
     assert set(planned["against"]["types"].values()) == {"F32", "BF16"}
+    both = run("convert", source, "-q", "Q4_0", "--mmproj", "F16", "--dry-run", "--json", "--against", "Q4_1")[1]
+    assert ["against" in output for output in json.loads(both)["outputs"]] == [True, False]
     (one,) = (tensor for tensor in planned["tensors"] if tensor["name"] == "v.blk.1.0.dw_mid.conv.weight")
     assert one["type"] == "BF16" and one["shape"] == [96, 1, 5, 5]
 

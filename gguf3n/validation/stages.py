@@ -79,7 +79,9 @@ def _structure(candidate: Candidate, part: Part, _: ValidationOptions, __: Notic
 
 
 def _tensors(candidate: Candidate, part: Part, options: ValidationOptions, _: Notice | None) -> Run:
-    weights = None if options.imatrix is None else match_importance(options.imatrix, part).quant_weights
+    weights = None
+    if options.imatrix is not None and part.kind is PartKind.TEXT:
+        weights = match_importance(options.imatrix, part).quant_weights
     return lambda progress: check_tensors(
         candidate.gguf, part, threads=options.threads, quant_weights=weights, progress=progress
     )

@@ -21,7 +21,7 @@ from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
 from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
-from gguf3n.gemma3n.source import Source
+from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.options import N_CTX, N_TOKENS, ValidationOptions, parse_validation
@@ -158,7 +158,9 @@ def run_stages(
 ) -> Validation:
     """The same with parsed options and a source that is open; arguments and errors as for `validate`."""
     check_file(path)
-    stages = stages_for(part.kind, options.stages)
+    stages = stages_for(part, options.stages)
+    if notice is not None and part.kind is PartKind.MMPROJ and Stage.VISION in set(options.stages).difference(stages):
+        notice("vision is not compared: that takes a vision encoder, and a checkpoint as the reference")
     check_extra(part.source, options, stages)
     candidate = Candidate(path)
     prepared = {
@@ -173,16 +175,21 @@ def run_stages(
     return Validation(candidate, part.source.origin, results)
 
 
-def stages_for(kind: PartKind, wanted: Collection[Stage]) -> tuple[Stage, ...]:
-    """Of the stages that are wanted, those that are for such a file. Raises: UsageError: none is."""
-    known = [row.stage for row in STAGES if kind in row.kinds]
+def stages_for(part: Part, wanted: Collection[Stage]) -> tuple[Stage, ...]:
+    """Of the stages that are wanted, those that are for such a file and reference. Raises: UsageError: none is."""
+    kind = part.kind
+    known = [row.stage for row in STAGES if kind in row.kinds and (row.stage is not Stage.VISION or _can_see(part))]
     if not (found := tuple(stage for stage in known if stage in wanted)):
         raise UsageError(
-            f"no stage to run for a {'text model' if kind is PartKind.TEXT else 'mmproj file'}",
+            f"no stage to run for {'a text model' if kind is PartKind.TEXT else 'an mmproj file'}",
             expected=", ".join(stage.value for stage in known),
             found=", ".join(stage.value for stage in wanted),
         )
     return found
+
+
+def _can_see(part: Part) -> bool:
+    return isinstance(part.source, Checkpoint) and any(key.name == mmproj.IMAGE_SIZE for key in part.keys)
 
 
 def check_file(path: Path) -> None:

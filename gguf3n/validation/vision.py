@@ -39,8 +39,9 @@ from gguf3n.errors import GGUFError, SourceError, UsageError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.rows import RowReader
+from gguf3n.gemma3n import mmproj
 from gguf3n.gemma3n.part import Part, text_part
-from gguf3n.gemma3n.source import Checkpoint
+from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.gemma3n.text import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.inspection.subject import Subject
 from gguf3n.progress import Meter, OnProgress
@@ -59,10 +60,10 @@ AFTER = ("\n\n", "\n\nWhat is this?", "\n\nWhat is this?<end_of_turn>\n<start_of
 SAME, ALIKE = 0.75, 0.5
 """Cosine of two reactions from which on they are the same, and below which the model sees something else.
 
-# measured: 2026-11-21, the small checkpoint, text model in F32: sound files of F16, lossless and Q8_0 0.999; with another
-# projection -0.07, kernels of noise -0.06, one block zeroed 0.07, colours shifted 0.07, the stem's kernels transposed
-# 0.44, layer scales of 1 0.53, the last norm left out 0.94 (its divergence warns). A sound file and a text model in Q4_0
-# 0.82
+# measured: 2026-11-21, the small checkpoint, text model in F32: sound files of F16, lossless and Q8_0 0.999; with
+# another projection -0.07, kernels of noise -0.06, one block zeroed 0.07, colours shifted 0.07, the first kernels
+# transposed 0.44, layer scales of 1 0.53, the last norm left out 0.94 (its divergence warns). A sound file and a text
+# model in Q4_0 0.82
 """
 
 MADE_BYTES = 1_000_000_000
@@ -305,9 +306,9 @@ def prepare_vision(
     check_packages()
     check_device(options.device, options.dtype)
     candidate.gguf.check()
-    image_size = candidate.subject.integer("clip.vision.image_size")
+    image_size = candidate.subject.integer(mmproj.IMAGE_SIZE)
     if image_size is None or image_size < 1:
-        raise GGUFError(f"{candidate.path}: no vision encoder", expected="the key clip.vision.image_size")
+        raise GGUFError(f"{candidate.path}: no vision encoder", expected=f"the key {mmproj.IMAGE_SIZE}")
     if options.server is not None and options.text_model is None:
         raise UsageError(
             "--server without --text-model", fix="name the text model's file that the server has loaded as well"
@@ -315,14 +316,7 @@ def prepare_vision(
     text_file = None if options.text_model is None else Path(options.text_model)
     needs = [vision_reference_need(reference, options.dtype, SMALLER)]
     if text_file is None:
-        n_bytes = 4 * text_part(reference).n_weights
-        if n_bytes > MADE_BYTES:
-            raise UsageError(
-                "vision is compared through a text model, and none is named",
-                expected="the text model's GGUF file of the same checkpoint",
-                found=f"a checkpoint whose text model takes {gigabytes(n_bytes)} in {MADE_AS}",
-                fix=f"--text-model FILE, or {SMALLER.option}",
-            )
+        n_bytes = made_bytes(reference, "--text-model FILE")
         needs.append(ModelNeed(f"llama.cpp with a text model in {MADE_AS}", 2 * n_bytes, (SMALLER,)))
     else:
         subject = Subject(open_gguf(text_file))
@@ -334,6 +328,19 @@ def prepare_vision(
         raise UsageError(f"{server.url}: the server does not see", fix=f"start it with --mmproj {candidate.path.name}")
     check_memory(needs, notice=notice)
     return VisionRun(candidate.gguf.path, image_size, reference, text_file, server, options)
+
+
+def made_bytes(reference: Source, instead: str) -> int:
+    """Of the text model that is made where none is named. Raises: UsageError: it would be large."""
+    n_bytes = 4 * text_part(reference).n_weights
+    if n_bytes > MADE_BYTES:
+        raise UsageError(
+            "vision is compared through a text model, and there is none",
+            expected="the text model's GGUF file of the same checkpoint",
+            found=f"a checkpoint whose text model takes {gigabytes(n_bytes)} in {MADE_AS}",
+            fix=f"{instead}, or {SMALLER.option}",
+        )
+    return n_bytes
 
 
 def _check_text(subject: Subject, candidate: Candidate, reference: Checkpoint) -> None:
