@@ -17,6 +17,7 @@ from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
 from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
+from gguf3n.engines.vision_reference import check_packages
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.gemma3n.part import PartKind
 from gguf3n.gemma3n.source import Checkpoint, Source
@@ -103,8 +104,11 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         check_extra(source, validation, validation.stages)
         if Stage.LOGITS in validation.stages:
             check_fits(source)
-        if Stage.VISION in validation.stages and isinstance(source, Checkpoint) and _has_encoders_alone(conversion):
-            made_bytes(source, "--quant TYPE as well")
+        parts = {recipe.part for recipe in conversion.recipes}
+        if Stage.VISION in validation.stages and isinstance(source, Checkpoint) and For.MMPROJ in parts:
+            check_packages()
+            if For.TEXT not in parts:
+                made_bytes(source, "--quant TYPE as well")
     if wanted.report is not None:
         if len(conversion.recipes) > 1:
             raise UsageError(f"one report for {len(conversion.recipes)} files", fix="validate them one by one")
@@ -147,10 +151,6 @@ def _print_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
             lines.append(f"{check.id}: {len(found) - SHOWN} more; gguf3n lint names them all")
         for line in lines:
             print_note("warning", line, quiet=quiet)
-
-
-def _has_encoders_alone(conversion: ConversionOptions) -> bool:
-    return conversion.vision and {recipe.part for recipe in conversion.recipes} == {For.MMPROJ}
 
 
 def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing, result: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Reference:
             dtype=getattr(torch, dtype),
             key_mapping=_TEXT_NAMES,
         )
-        with self.device_memory():
+        with device_memory(self.device, self.dtype):
             self._model = model.to(self.device)
         self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
 
@@ -88,18 +88,6 @@ class Reference:
         gc.collect()  # its parts refer to each other
         if self.device == "cuda":
             self._torch.cuda.empty_cache()
-
-    @contextmanager
-    def device_memory(self) -> Iterator[None]:
-        """Raises: UsageError where the device has too little memory."""
-        try:
-            yield
-        except self._torch.cuda.OutOfMemoryError as error:
-            raise UsageError(
-                f"the reference in {self.dtype} does not fit into the memory of {self.device}",
-                found=str(error).partition("\n")[0],
-                fix="--dtype bfloat16, a smaller --ctx, or --device cpu",
-            ) from error
 
     @property
     def model(self) -> Any:
@@ -131,7 +119,7 @@ class Reference:
 
         Shapes: a torch tensor `[n_tokens, hidden_size]` of `dtype`, on `device`.
         """
-        with self._torch.no_grad(), self.device_memory():
+        with self._torch.no_grad(), device_memory(self.device, self.dtype):
             ids = self._torch.tensor([list(token_ids)], device=self.device)
             return self._model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
@@ -192,6 +180,21 @@ class Reference:
         )
         text: str = load_tokenizer(self.directory).decode(made[0, len(ids) :], skip_special_tokens=True)
         return text
+
+
+@contextmanager
+def device_memory(device: str, dtype: str) -> Iterator[None]:
+    """Raises: UsageError where the device has too little memory for what is done in here."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UsageError(
+            f"the reference in {dtype} does not fit into the memory of {device}",
+            found=str(error).partition("\n")[0],
+            fix="--dtype bfloat16, a smaller --ctx, or --device cpu",
+        ) from error
 
 
 def load_model(kind: Any, directory: Path, **options: Any) -> Any:

@@ -16,13 +16,14 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.engines.pictures import Pixels
-from gguf3n.engines.reference import check_device, load_model
+from gguf3n.engines.reference import check_device, device_memory, load_model
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import ConfigError, UsageError
 from gguf3n.gemma3n.names import ENCODER_PREFIX, TEXT_PREFIX
@@ -90,8 +91,17 @@ class VisionReference:
             dtype=getattr(torch, dtype),
             key_mapping=_NAMES,
         )
-        self._model = model.to(self.device)
-        self._processor = transformers.AutoImageProcessor.from_pretrained(source.path, local_files_only=True)
+        self._memory = partial(device_memory, self.device, dtype)
+        with self._memory():
+            self._model = model.to(self.device)
+        try:
+            self._processor = transformers.AutoImageProcessor.from_pretrained(source.path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{source.path}: transformers does not know how to prepare a picture",
+                expected="preprocessor_config.json, as the published checkpoints have it",
+                found=str(error).partition("\n")[0],
+            ) from error
         self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
 
     def __enter__(self) -> VisionReference:
@@ -119,7 +129,7 @@ class VisionReference:
         torch = self._torch
         if isinstance(image, np.ndarray):
             image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-        with torch.no_grad():
+        with torch.no_grad(), self._memory():
             found = self._model.model.get_image_features(image.to(self.device, self._model.dtype))
         return Seen(found.pooler_output[0])
 
@@ -143,7 +153,7 @@ class VisionReference:
         Shapes: `[vocab]` a position.
         """
         torch, model, raw = self._torch, self._model.model, self.source.raw_config
-        with torch.no_grad():
+        with torch.no_grad(), self._memory():
             ids = torch.tensor([list(token_ids)], device=self.device)
             text = model.language_model
             embedded, per_layer = text.embed_tokens(ids), text.get_per_layer_inputs(ids)
