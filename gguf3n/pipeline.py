@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +69,14 @@ def run(
     Raises: QuantizationError for a value that is not finite; CheckpointError, OutputError; Interrupted on Ctrl-C. No
         file stands under its final name unless all are complete.
     """
+    from gguf3n.quants.api import quantize_rows
+
+    widen = compiled_widen()  # before there are files: while Python loads modules it can lose an interrupt
     stop = threading.Event()
     try:
         with ExitStack() as stack:
             opened = [(plan, stack.enter_context(GGUFWriter(path, plan.layout, force=force))) for plan, path in outputs]
-            work = _Work(opened, stop, progress, chunk_weights)
+            work = _Work(opened, RowReader(widen), quantize_rows, stop, progress, chunk_weights)
             stack.callback(work.reader.close)
             run_workers(work.loop, threads or default_threads(), stop, work.meter.report)
             work.reader.check_unchanged()
@@ -121,16 +124,16 @@ class _Work:
     def __init__(
         self,
         outputs: Sequence[tuple[Plan, GGUFWriter]],
+        reader: RowReader,
+        quantize_rows: Callable[..., bool],
         stop: threading.Event,
         progress: OnProgress | None,
         chunk_weights: int,
     ) -> None:
-        from gguf3n.quants.api import quantize_rows
-
         self.wanted = _meet(outputs)
         self.stop = stop
         self.meter = Meter("writing", "bytes", sum(rows.stored_bytes for rows in self.wanted), progress)
-        self.reader = RowReader(compiled_widen())
+        self.reader = reader
         self.quantize_rows = quantize_rows
         self.chunks: Iterator[Chunk] = (chunk for rows in self.wanted for chunk in chunks(rows, chunk_weights))
         self.lock = threading.Lock()
