@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from gguf3n.cli.paint import paint, tell
@@ -51,10 +51,9 @@ def print_json(value: Any) -> None:
 
     Exact: as `json.dumps` with an indent of 2.
     """
-    pieces = _json(value, "\n")
+    pieces = chain(_json(value, "\n"), "\n")
     while some := "".join(islice(pieces, PIECES_AT_ONCE)):
         sys.stdout.write(some)
-    sys.stdout.write("\n")
 
 
 def _json(value: Any, line: str) -> Iterator[str]:
