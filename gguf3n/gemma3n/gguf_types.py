@@ -24,7 +24,9 @@ def types_by_storage(gguf: GGUFFile, origin: str) -> Mapping[Storage, Mapping[st
         found = "none" if key is None else str(key.value)
         raise SourceError(f"{origin}: not a Gemma 3n", expected=f"general.architecture {ARCH}", found=found)
     bids = [int(match[1]) for match in (re.match(r"blk\.(\d+)\.", name) for name in gguf.tensors) if match]
-    n_layers = 1 + max(bids, default=-1)
+    if not bids:
+        raise MappingError(f"{origin}: no layers", expected="tensors such as blk.0.attn_q.weight")
+    n_layers = 1 + max(bids)
     types: dict[Storage, dict[str, QType]] = {storage: {} for storage in Storage}
     for rule, bid in written_order(n_layers):
         name = rule.name(bid)

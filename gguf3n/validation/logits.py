@@ -135,7 +135,7 @@ NOISE_FACTOR = 3
 """Times what the disturbed reference shows is allowed. Why: the engines differ in more than their linear layers."""
 
 PASSED = "not measured, as the file passes without"
-NOT_RUN = "not measured, as the reference was not run: leave --use-reference out to have it measured"
+NOT_RUN = "not measured, as a saved reference was used"
 ONE_ENGINE = "not measured, as llama.cpp runs both"
 
 

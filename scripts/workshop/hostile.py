@@ -6,6 +6,7 @@ An input is made from its number alone, so what fails can be made again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import random
@@ -71,7 +72,7 @@ def mutate_json(value: Any, rng: random.Random) -> bytes:
             continue
         choice = rng.random()
         if choice < 0.7:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))  # or it would be changed for all later inputs
         elif choice < 0.8:
             del holder[key]
         elif choice < 0.9:

@@ -91,6 +91,14 @@ def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
         read_recipe(sparse(tmp_path / "x.gguf", "Q8_0", drop="blk.3.proj.weight"))
 
 
+def test_a_file_without_layers(tmp_path: Path) -> None:
+    keys = [KeyValue("general.architecture", GGUFValueType.STRING, "gemma3n")]
+    layout = lay_out(keys, [("token_embd.weight", (4, 256), QType.Q8_0)])
+    (tmp_path / "x.gguf").write_bytes(layout.header.ljust(layout.total_bytes, b"\0"))
+    with pytest.raises(MappingError, match="no layers"):
+        read_recipe(tmp_path / "x.gguf")
+
+
 def test_like_a_file_that_was_converted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The whole circle on real files: convert, extract, convert again, the same bytes."""
     options = {"tensor_types": ["blk.1*.ffn_up.weight=Q5_0", "*.attn_k.weight=Q8_0"], "keep": "bf16"}

@@ -72,6 +72,12 @@ def saved(q8_0: Path, tiny_checkpoint: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def judged(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> logits.LogitsResult:
+    """What the stage says of the sound file by the saved log-probabilities, as many tests compare with it."""
+    return check(q8_0, tiny_checkpoint, use_reference=saved)
+
+
 def check(path: Path, reference: Path, **options: Any) -> logits.LogitsResult:
     """Both models over a text, as the stage runs them."""
     progress, notice = options.pop("progress", None), options.pop("notice", None)
@@ -82,7 +88,7 @@ def check(path: Path, reference: Path, **options: Any) -> logits.LogitsResult:
 # protocol
 
 
-def test_by_hand(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
+def test_by_hand(q8_0: Path, tiny_checkpoint: Path, judged: logits.LogitsResult) -> None:
     """The same measured without the stage: two chunks, begin mark first, second halves, tokens that follow."""
     ids = read_chunks(open_source(tiny_checkpoint), None, 10**6, N_CTX * N_CHUNKS)[0].tolist()
     chunks = [[2, *ids[1:N_CTX]], [2, *ids[N_CTX + 1 :]]]
@@ -91,7 +97,7 @@ def test_by_hand(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
         p = [row for chunk in chunks for row in list(reference.logprobs(chunk))[FIRST:-1]]
         q = [row for chunk in chunks for row in list(engine.logprobs(chunk))[FIRST:-1]]
     expected = measure(p, q, [token for chunk in chunks for token in chunk[FIRST + 1 :]])
-    result = check(q8_0, tiny_checkpoint, use_reference=saved)
+    result = judged
     assert result.divergence.n_positions == N_CHUNKS * N_SCORED
     assert dataclasses.asdict(result.divergence) == pytest.approx(dataclasses.asdict(expected), rel=1e-3)
     assert 1e-5 < result.divergence.mean < 1e-3
@@ -143,7 +149,9 @@ def test_a_text_without_a_second_half(tiny_checkpoint: Path) -> None:
 # saved references
 
 
-def test_saved_reference_for_llama_perplexity(q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+def test_saved_reference_for_llama_perplexity(
+    q8_0: Path, tiny_checkpoint: Path, saved: Path, judged: logits.LogitsResult, tmp_path: Path
+) -> None:
     """In 16 bits almost the same divergence; the begin mark is put in its place as llama-perplexity does."""
     base = open_logprobs(saved)
     path = tmp_path / "base.kld"
@@ -152,7 +160,7 @@ def test_saved_reference_for_llama_perplexity(q8_0: Path, tiny_checkpoint: Path,
     with write_logprobs(path, without_mark, base.n_vocab) as writer:
         for row in base.rows():
             writer.add(row)
-    found, expected = (check(q8_0, tiny_checkpoint, use_reference=file).divergence for file in (path, saved))
+    found, expected = check(q8_0, tiny_checkpoint, use_reference=path).divergence, judged.divergence
     assert found.mean == pytest.approx(expected.mean, rel=0.02)
     assert found.mean != expected.mean
     assert found.candidate_perplexity == expected.candidate_perplexity
@@ -176,7 +184,9 @@ def test_a_saved_reference_is_not_overwritten(q8_0: Path, tiny_checkpoint: Path,
 # references and engines
 
 
-def test_an_unquantized_file_as_reference(q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+def test_an_unquantized_file_as_reference(
+    q8_0: Path, tiny_checkpoint: Path, judged: logits.LogitsResult, tmp_path: Path
+) -> None:
     full = tmp_path / "full.gguf"
     gguf3n.convert(tiny_checkpoint, "F32", full)
     options: dict[str, Any] = {"n_tokens": N_CTX * N_CHUNKS, "n_ctx": N_CTX}
@@ -185,23 +195,22 @@ def test_an_unquantized_file_as_reference(q8_0: Path, tiny_checkpoint: Path, sav
     assert itself.base_qtype is QType.F32
     assert itself.reference == itself.engine
     quantized = check(q8_0, full, **options).divergence
-    assert quantized.mean == pytest.approx(check(q8_0, tiny_checkpoint, use_reference=saved).divergence.mean, rel=0.1)
+    assert quantized.mean == pytest.approx(judged.divergence.mean, rel=0.1)
 
 
-def test_bfloat16(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
-    exact = check(q8_0, tiny_checkpoint, use_reference=saved)
+def test_bfloat16(q8_0: Path, tiny_checkpoint: Path, judged: logits.LogitsResult) -> None:
+    exact = judged
     rounded = check(q8_0, tiny_checkpoint, n_tokens=N_CTX * N_CHUNKS, n_ctx=N_CTX, dtype="bfloat16")
     assert exact.divergence.mean < rounded.divergence.mean < exact.divergence.mean + logits.BFLOAT16_NOISE
     assert rounded.limits.good == exact.limits.good + logits.BFLOAT16_NOISE
     assert "bfloat16" in rounded.reference
 
 
-def test_a_running_server(q8_0: Path, tiny_checkpoint: Path, saved: Path) -> None:
+def test_a_running_server(q8_0: Path, tiny_checkpoint: Path, saved: Path, judged: logits.LogitsResult) -> None:
     with LlamaCpp(q8_0, n_ctx=128, n_threads=1) as model:
         found = check(q8_0, tiny_checkpoint, use_reference=saved, server=model.url)
         assert found.engine == f"llama-server at {model.url}"
-    expected = check(q8_0, tiny_checkpoint, use_reference=saved).divergence
-    assert found.divergence.mean == pytest.approx(expected.mean, rel=0.2)
+    assert found.divergence.mean == pytest.approx(judged.divergence.mean, rel=0.2)
 
 
 def test_a_server_with_another_model(
@@ -224,7 +233,7 @@ def test_a_server_with_another_model(
 
 @pytest.mark.parametrize("n_vocab", [1200, 1060])
 def test_vocabularies_of_different_length(
-    n_vocab: int, q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path
+    n_vocab: int, q8_0: Path, tiny_checkpoint: Path, saved: Path, judged: logits.LogitsResult, tmp_path: Path
 ) -> None:
     """Padded on either side: the tokens that both have are compared, normalized over them."""
     base = open_logprobs(saved)
@@ -236,12 +245,11 @@ def test_vocabularies_of_different_length(
             padded[: min(n_vocab, 1088)] = row[:n_vocab]
             writer.add(padded)
     result = check(q8_0, tiny_checkpoint, use_reference=path)
-    expected = check(q8_0, tiny_checkpoint, use_reference=saved)
     assert result.n_vocab == min(n_vocab, 1088)
-    assert result.divergence.mean == pytest.approx(expected.divergence.mean, rel=0.2)
+    assert result.divergence.mean == pytest.approx(judged.divergence.mean, rel=0.2)
     assert result.reference == "padded.safetensors"
     if n_vocab > 1088:
-        assert result.divergence == expected.divergence
+        assert result.divergence == judged.divergence
 
 
 def test_a_text_with_tokens_that_the_file_lacks(q8_0: Path, tiny_checkpoint: Path, saved: Path, tmp_path: Path) -> None:
@@ -355,7 +363,7 @@ LOUDNESS = np.float32(2.3)
 
 
 def test_a_chaotic_model_is_told_from_a_bad_file(
-    q8_0: Path, make_checkpoint: Callable[..., Path], tiny_checkpoint: Path, saved: Path, tmp_path: Path
+    q8_0: Path, make_checkpoint: Callable[..., Path], judged: logits.LogitsResult, tmp_path: Path
 ) -> None:
     source = louder(make_checkpoint(dtype="f32"), tmp_path / "louder")
     (sound,) = gguf3n.convert(source, "F32", tmp_path / "x.gguf")
@@ -369,7 +377,7 @@ def test_a_chaotic_model_is_told_from_a_bad_file(
     again = check(sound.path, source, use_reference=tmp_path / "louder.safetensors")
     assert again.noise == NOT_RUN in again.lines()[-1]
     assert again.details()["noise"] is None
-    assert check(q8_0, tiny_checkpoint, use_reference=saved).noise == PASSED
+    assert judged.noise == PASSED
 
 
 # limits

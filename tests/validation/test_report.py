@@ -63,7 +63,17 @@ def stages(problems: tuple[Problem, ...] = ()) -> Mapping[Stage, StageResult]:
         Stage.TENSORS: TensorsResult(problems, 3.75, ERRORS, weighted=False, notes=("a note",)),
         Stage.TOKENS: TokensResult((), 1.5, 62, 8123),
         Stage.LOGITS: LogitsResult(
-            (), 71.25, DIVERGENCE, QType.Q4_K, Limits(0.011, 0.099, 0.5), "llama.cpp", "transformers", 512, 2, 1088
+            (),
+            71.25,
+            DIVERGENCE,
+            QType.Q4_K,
+            Limits(0.011, 0.099, 0.5),
+            "llama.cpp",
+            "transformers",
+            512,
+            2,
+            1088,
+            replace(DIVERGENCE, mean=0.000321, top1_agreement=0.9876),
         ),
     }
 
@@ -123,6 +133,7 @@ class Page(html.parser.HTMLParser):
 
 NUMBERS = (
     "1,023", "0.0123", "0.00456", "0.0789", "0.0987", "1.5", "95.12%", "93.21%", "12.3456", "12.6543",  # logits
+    "mean 0.000321 nats, top-1 98.8%",
     "llama.cpp with this file against transformers: 2 chunks of 512 tokens", "up to 0.011 passes", "0.099 warns",
     "62 texts, 8,123 tokens", "47 checks: 0 errors", "0.2 s", "3.8 s", "71.2 s",
     "33 tensors; of 32, the sampled rows", "a note", "1.41", "0.06 to 0.08", "0.125", "0.987654", "1,234 (0.5)",
