@@ -185,6 +185,7 @@ def examine(
         rate = rate if usual is None else usual.vanishing
         bad |= are_strangers(x, q, qtype) & strange
         bad |= ours.any(axis=1) & ~alive.any() | (_longest(gone & alive) * -np.log10(rate + RARE) > BEYOND_CHANCE)
+        bad |= bad.any() & ours.any(axis=1) & ~filled.any(axis=1)
         unruly = float(rule_breakers(x, q, blocks, qtype)[~bad].mean()) if not bad.all() else 0.0
         factor = off_columns(x[~bad], q[~bad], qtype) if (~bad).sum() >= MIN_ROWS_FOR_COLUMNS else 1.0
     elif not weighted:
