@@ -60,6 +60,8 @@ def test_a_dry_run(run: Run, source: Path) -> None:
     code, out, _ = run("convert", source, "--mmproj", "F16", "--dry-run", "--json", "--against", "lossless")
     (planned,) = json.loads(out)["outputs"]
     assert set(planned["against"]["types"].values()) == {"F32", "BF16"}
+    both = run("convert", source, "-q", "Q4_0", "--mmproj", "F16", "--dry-run", "--json", "--against", "Q4_1")[1]
+    assert ["against" in output for output in json.loads(both)["outputs"]] == [True, False]
     (one,) = (tensor for tensor in planned["tensors"] if tensor["name"] == "v.blk.1.0.dw_mid.conv.weight")
     assert one["type"] == "BF16" and one["shape"] == [96, 1, 5, 5]
 
@@ -73,6 +75,34 @@ def test_quantize(run: Run, source: Path, tmp_path: Path) -> None:
         code, _, err = run("quantize", file, option, "Q8_0", "-o", tmp_path / "other")
         assert code == 3 and "choose its types with " + said in err
     assert not (tmp_path / "other").exists()
+
+
+def test_files_are_looked_at(run: Run, source: Path, tmp_path: Path) -> None:
+    assert run("convert", source, "--mmproj", "F16", "--mmproj", "Q8_0", "--no-audio", "-o", tmp_path)[0] == 0
+    files = [tmp_path / f"mmproj-{source.name}-{quant}.gguf" for quant in ("F16", "Q8_0")]
+    code, out, _ = run("stats", files[1], "--against", source, "--json", "--plot", tmp_path / "plot.svg")
+    errors = {tensor["name"]: tensor["rms_error"] for tensor in json.loads(out)["tensors"] if "rms_error" in tensor}
+    assert code == 0 and len(errors) == 87 and (tmp_path / "plot.svg").exists()
+    assert 0 < errors["mm.input_projection.weight"] < 0.01 and errors["v.blk.1.0.dw_mid.conv.weight"] == 0
+    code, out, _ = run("diff", *files, "--json")
+    changed = {tensor["name"] for tensor in json.loads(out)["tensors"]}
+    assert code == 12 and changed == {"mm.embedding.weight", "mm.input_projection.weight"}
+    assert run("edit", files[0], "--set", "general.name=Mine", "-o", tmp_path / "mmproj-mine.gguf")[0] == 0
+    assert run("validate", files[0], "--reference", source, "--stages", "structure,tensors")[0] == 0
+    code, out, _ = run(
+        "convert",
+        source,
+        "--mmproj",
+        "F16",
+        "--validate",
+        "--stages",
+        "structure,tensors",
+        "-o",
+        tmp_path / "v",
+        "--json",
+    )
+    (output,) = json.loads(out)["outputs"]
+    assert code == 0 and output["validation"]["verdict"] == "pass"
 
 
 def test_what_is_refused(run: Run, source: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

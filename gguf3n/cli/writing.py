@@ -143,7 +143,8 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
     """Print what would be written."""
     others: list[Plan | None] = [None] * len(plans)
     if wanted.against is not None:
-        others = [_other_plan(each, wanted.against, conversion) for each in plans]
+        kind = plans[0].part.kind  # the text model's files come first
+        others = [_other_plan(each, wanted.against, conversion) if each.part.kind is kind else None for each in plans]
     paths = output_paths([each.part.file_name(each.recipe.name) for each in plans], conversion.output)
     if wanted.json:
         result["outputs"] = [

@@ -41,10 +41,8 @@ def key_types(subject: Subject) -> Iterator[Found]:
             continue
         kind = key.type.name.lower()
         if isinstance(key, VisionKey) and key.is_array:
-            sound = (
-                isinstance(found.value, GGUFArray) and found.value.element_type is key.type and len(found.value) >= 3
-            )
-            if not sound:
+            value = found.value
+            if not isinstance(value, GGUFArray) or value.element_type is not key.type or len(value) < 3:
                 yield Found(key.name, f"is {found.type_name}, not an array of three {kind} or more")
         elif isinstance(found.value, GGUFArray) or found.type is not key.type:
             yield Found(key.name, f"is {found.type_name}, not {kind}")

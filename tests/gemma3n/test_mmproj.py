@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from gguf3n.gemma3n.source import Checkpoint
 from gguf3n.planning import estimate_encoders, make_plan
 from gguf3n.recipes import For, find_recipe, preset_names
 from tests import micro
-from tests.inspection.faults import change_tensor, drop_tensors, set_key
+from tests.inspection.faults import change_tensor, drafted, drop_tensors, set_key
 from workshop import checkpoints
+from workshop.pages import MMPROJ
 from workshop.places import FIXTURES
 
 NAMES = json.loads((FIXTURES / "llama_cpp" / "mmproj_names.json").read_text("utf-8"))
@@ -78,6 +80,19 @@ def test_every_tensor_is_written_as_llama_cpp_names_it(size: str) -> None:
         assert tensor.shape == ((1, *shape, 1, 1) if is_map else shape)
         assert (tensor.storage.forced is QType.F32) == (THEIRS[name][1] == "F32")
     assert sum(tensor.shape[1:] == (tensor.n_weights, 1, 1) for tensor in part.tensors) == 82
+
+
+def test_the_counts_in_the_docs() -> None:
+    page = MMPROJ.read_text("utf-8")
+    storages = Counter(tensor.storage for tensor in mmproj_part(published("e2b")).tensors)
+    norms = sum("conv1d" in tensor.name and "norm" in tensor.name for tensor in mmproj_part(published("e2b")).tensors)
+    for what, n in (
+        ("`a.conv1d.*.norm.weight`", norms),
+        ("`v.blk.*.layer_scale.gamma`", sum(name.endswith("layer_scale.gamma") for name in THEIRS)),
+        ("depthwise convolutions", storages[Storage.DEPTHWISE]),
+        ("other convolutions", storages[Storage.CONVOLUTION]),
+    ):
+        assert f"| {what} ({n})" in page
 
 
 @every_size
@@ -267,7 +282,7 @@ def test_quantized_from_a_file_as_from_the_checkpoint(seeing: Path, tmp_path: Pa
         assert each.path.read_bytes() == (tmp_path / each.path.name).read_bytes()
 
 
-def test_the_text_file_is_the_same_with_encoders_in_the_checkpoint(
+def test_llama_cpps_text_file_is_the_same_with_encoders_in_the_checkpoint(
     make_checkpoint: Callable[..., Path], seeing: Path, tmp_path: Path
 ) -> None:
     files = []
@@ -275,7 +290,7 @@ def test_the_text_file_is_the_same_with_encoders_in_the_checkpoint(
         named = tmp_path / str(number) / "named"
         named.parent.mkdir()
         named.symlink_to(source, target_is_directory=True)
-        (written,) = gguf3n.convert(named, "Q8_0", tmp_path / str(number) / "out.gguf")
+        (written,) = gguf3n.convert(named, "Q8_0@llama.cpp", tmp_path / str(number) / "out.gguf")
         files.append(written.path.read_bytes())
     assert files[0] == files[1]
 
@@ -424,7 +439,13 @@ CONFIGS: Mapping[str, tuple[Callable[[dict[str, Any]], object], type[Gguf3nError
         ConfigError,
         "sscp_conv_kernel_size is impossible",
     ),
-    "another width": (lambda raw: raw["vision_config"].update(hidden_size=512), MappingError, "has the wrong shape"),
+    "another width": (lambda raw: raw["vision_config"].update(hidden_size=512), MappingError, "is of another width"),
+    "more rows": (lambda raw: raw["vision_config"].update(vocab_size=99), MappingError, "has the wrong shape"),
+    "a key that is too large": (
+        lambda raw: raw["vision_config"].update(intermediate_size=1 << 30),
+        ConfigError,
+        "intermediate_size is impossible",
+    ),
 }
 
 
@@ -501,6 +522,17 @@ def test_files_of_other_encoders(seeing: Path, tmp_path: Path) -> None:
     set_key(written.path, "clip.vision.projector_type", VT.STRING, "gemma3")
     with pytest.raises(SourceError, match="the encoders of another model"):
         mmproj_part(gguf3n.read_gguf(written.path))
+
+
+def test_keys_in_another_order(seeing: Path, tmp_path: Path) -> None:
+    """Of files that others wrote: none is lost."""
+    (written,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "mmproj.gguf", audio=False)
+    with drafted(written.path) as draft:
+        draft.packed.append(draft.packed.pop(1))
+    (again,) = gguf3n.convert(gguf3n.read_gguf(written.path), mmproj="F16", output=tmp_path / "again.gguf")
+    before, after = gguf3n.open_gguf(written.path), gguf3n.open_gguf(again.path)
+    assert before.all_keys[-1].name == "general.type" and len(after.all_keys) == len(before.all_keys)
+    assert set(after.keys) == set(before.keys)
 
 
 def test_a_vector_of_an_older_converter_becomes_a_map(seeing: Path, tmp_path: Path) -> None:
