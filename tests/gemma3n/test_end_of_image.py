@@ -138,3 +138,21 @@ def test_without_a_known_mark_there_is_padding(
 def test_a_text_only_checkpoint_is_written_as_ever(tiny_checkpoint: Path) -> None:
     part = text_part(gguf3n.read_source(tiny_checkpoint))
     assert not any(tensor.plain_rows for tensor in part.tensors)
+
+
+def test_validation_takes_both_kinds_and_no_third(seeing: Path, written: dict[str, Path], tmp_path: Path) -> None:
+    for quant in ("BF16", "BF16@llama.cpp", "Q8_0"):
+        found = gguf3n.validate(written[quant], seeing, stages="structure,tensors")
+        assert found.verdict is gguf3n.Verdict.PASS, quant
+        result = found.stages[gguf3n.Stage.TENSORS]
+        assert isinstance(result, gguf3n.TensorsResult)
+        assert any("padding in the row of <end_of_image>" in note for note in result.notes) == ("@" in quant)
+    path = tmp_path / "other.gguf"
+    shutil.copy(written["F32"], path)
+    table = gguf3n.open_gguf(path).tensors[TOKEN_EMBD]
+    with path.open("r+b") as file:
+        file.seek(table.offset + END_OF_IMAGE * 4 * 256)
+        file.write(np.random.default_rng(0).standard_normal(256, np.float32).tobytes())
+    found = gguf3n.validate(path, seeing, stages="tensors")
+    assert found.verdict is gguf3n.Verdict.FAIL
+    assert [problem.where for problem in found.stages[gguf3n.Stage.TENSORS].problems] == [TOKEN_EMBD]

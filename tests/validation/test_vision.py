@@ -169,7 +169,7 @@ def test_a_text_file_without_the_mark(seeing: Path, files: dict[str, Path], monk
 def test_stages_are_those_of_the_kind_of_file(seeing: Path, files: dict[str, Path]) -> None:
     found = validate(files["lossless"], seeing, stages="structure,tensors,tokens,logits")
     assert list(found.stages) == [Stage.STRUCTURE, Stage.TENSORS] and found.verdict is Verdict.PASS
-    with pytest.raises(UsageError, match="no stage to run for a mmproj file"):
+    with pytest.raises(UsageError, match="no stage to run for an mmproj file"):
         validate(files["lossless"], seeing, stages="tokens,logits")
     with pytest.raises(UsageError, match="no stage to run for a text model"):
         validate(files["text"], seeing, stages="vision")
