@@ -168,11 +168,12 @@ def examine(
         x = np.where(idle, np.float32(0), x)
         own_blocks, own = requantize(x, qtype, quant_weights)
         same = (own_blocks == blocks).reshape(*same.shape, -1).all(axis=2)
-    errors, own_errors = row_errors(x, q), row_errors(x, own)
+    errors = row_errors(x, q)
+    own_errors = errors if same.all() else row_errors(x, own)
     shares = misplaced(x, q, qtype)
     own_shares = shares if same.all() else misplaced(x, own, qtype)
     worse, odd = _unlike_ours(x, q, own, same, qtype)
-    strange = _unrelated(x, q) & ~_unrelated(x, own)
+    strange = np.zeros(len(x), np.bool_) if same.all() else _unrelated(x, q) & ~_unrelated(x, own)
     bad: Flags = ~np.isfinite(errors)
     unruly, factor, rate = 0.0, 1.0, 0.0
     if weighted and not same.all():

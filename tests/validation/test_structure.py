@@ -152,7 +152,6 @@ def test_as_llama_cpp_converts(copy: Path, source: Part) -> None:
 def other_converters(path: Path) -> None:
     """What differs in sound files of llama.cpp, Unsloth and Ollama."""
     set_key(path, "general.name", "string", "Another name")
-    set_key(path, "general.sampling.temp", "float32", 0.7)
     set_key(path, "tokenizer.ggml.eos_token_id", "uint32", 106)
     set_key(path, "tokenizer.ggml.eot_token_id", "uint32", 106)
     set_key(path, "tokenizer.ggml.eos_token_ids", "int32[]", [1, 106])
