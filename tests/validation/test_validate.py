@@ -32,7 +32,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("xllamacpp")
 
-STRUCTURE, TENSORS, TOKENS, LOGITS = Stage
+STRUCTURE, TENSORS, TOKENS, LOGITS, _ = Stage
 
 
 @pytest.fixture(scope="module")
