@@ -19,7 +19,7 @@ from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import open_part
-from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.part import PartKind, text_part
 from gguf3n.progress import Progress
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.result import Stage, Verdict
@@ -241,7 +241,7 @@ def test_stages_by_name(stages: Any, expected: list[Stage]) -> None:
 def test_stages_that_there_are_not(stages: Any, said: str, sound: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         validate(sound, tiny_checkpoint, stages=stages)
-    assert caught.value.expected == "structure, tensors, tokens, logits"
+    assert caught.value.expected == "structure, tensors, tokens, logits, vision"
 
 
 def test_the_table_has_a_row_for_each_stage() -> None:
@@ -250,7 +250,9 @@ def test_the_table_has_a_row_for_each_stage() -> None:
     for row in STAGES:
         assert row.compares and row.against
         assert set(row.options) <= names
-    assert len({option for row in STAGES for option in row.options}) == sum(len(row.options) for row in STAGES)
+    for kind in PartKind:
+        own = [option for row in STAGES if kind in row.kinds for option in row.options]
+        assert len(set(own)) == len(own), "each option is one stage's"
 
 
 @pytest.mark.parametrize("options", [["--stages", "tensors"], ["--report", "x.md"], ["--validate", "--dry-run"]])
