@@ -104,7 +104,7 @@ def document(
         for stage, result in stages
     )
     overview = Table(("stage", "compares", "verdict", "problems", "took"), "<<<>>", rows)
-    left_out = [stage.value for stage in Stage if stage not in validation.stages]
+    left_out = _left_out(validation)
     blocks: tuple[Block, ...] = (overview,)
     if left_out:
         blocks = (overview, Text(f"Not run: {', '.join(left_out)}."))
@@ -164,9 +164,15 @@ def _versions() -> Iterator[str]:
 
 def _command(validation: Validation, reference: str) -> str:
     words = ["gguf3n", "validate", validation.path.name, "--reference", reference]
-    if len(validation.stages) < len(Stage):
+    if _left_out(validation):
         words += ["--stages", ",".join(stage.value for stage in validation.stages)]
     return shlex.join(words)
+
+
+def _left_out(validation: Validation) -> list[str]:
+    """The stages for such a file that were not run."""
+    known = [row.stage for row in STAGES if validation.kind in row.kinds]
+    return [stage.value for stage in known if stage not in validation.stages]
 
 
 def _section(stage: Stage, result: StageResult, with_pictures: bool) -> Section:

@@ -40,6 +40,7 @@ class Validation:
     candidate: Candidate
     reference: str
     stages: Mapping[Stage, StageResult]
+    kind: PartKind = PartKind.TEXT
 
     @property
     def path(self) -> Path:
@@ -172,7 +173,7 @@ def run_stages(
         stage: run if isinstance(run, StageResult) else _attempt(path, lambda run=run: run(progress))  # type: ignore[misc]
         for stage, run in prepared.items()
     }
-    return Validation(candidate, part.source.origin, results)
+    return Validation(candidate, part.source.origin, results, part.kind)
 
 
 def stages_for(part: Part, wanted: Collection[Stage]) -> tuple[Stage, ...]:

@@ -19,7 +19,7 @@ from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
 from gguf3n.formats.gguf_reader import open_part
-from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.part import PartKind, text_part
 from gguf3n.progress import Progress
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.result import Stage, Verdict
@@ -33,6 +33,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("xllamacpp")
 
 STRUCTURE, TENSORS, TOKENS, LOGITS, _ = Stage
+OF_TEXT = [STRUCTURE, TENSORS, TOKENS, LOGITS]
+"""tests/validation/test_vision.py has the other kind of file."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_a_sound_file_passes(sound: Path, tiny_checkpoint: Path, reference: Path
         threads=1,
         progress=seen.append,
     )
-    assert list(validation.stages) == list(Stage)
+    assert list(validation.stages) == OF_TEXT
     assert [problem for result in validation.stages.values() for problem in result.problems] == []
     assert validation.verdict is Verdict.PASS
     assert {state.stage for state in seen if state.done == state.total} == {TENSORS.value, LOGITS.value}
@@ -126,7 +128,7 @@ def test_command(sound: Path, tiny_checkpoint: Path, reference: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["verdict"] == "pass"
-    assert list(found["stages"]) == [stage.value for stage in Stage]
+    assert list(found["stages"]) == [stage.value for stage in OF_TEXT]
     assert found["stages"]["logits"]["divergence"]["n_positions"] == 2 * (256 - 1 - 128)
     assert found["stages"]["tensors"]["n_identical"] == len(found["stages"]["tensors"]["tensors"])
     assert report.read_text("utf-8").startswith("<!DOCTYPE html>")
@@ -238,7 +240,7 @@ def test_stages_by_name(stages: Any, expected: list[Stage]) -> None:
 def test_stages_that_there_are_not(stages: Any, said: str, sound: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         validate(sound, tiny_checkpoint, stages=stages)
-    assert caught.value.expected == "structure, tensors, tokens, logits"
+    assert caught.value.expected == "structure, tensors, tokens, logits, vision"
 
 
 def test_the_table_has_a_row_for_each_stage() -> None:
@@ -247,7 +249,9 @@ def test_the_table_has_a_row_for_each_stage() -> None:
     for row in STAGES:
         assert row.compares and row.against
         assert set(row.options) <= names
-    assert len({option for row in STAGES for option in row.options}) == sum(len(row.options) for row in STAGES)
+    for kind in PartKind:
+        own = [option for row in STAGES if kind in row.kinds for option in row.options]
+        assert len(set(own)) == len(own), "each option is one stage's"
 
 
 @pytest.mark.parametrize("options", [["--stages", "tensors"], ["--report", "x.md"], ["--validate", "--dry-run"]])
