@@ -17,7 +17,6 @@ from gguf3n.cli.console import columns, print_json, print_note, shape_text
 from gguf3n.cli.paint import cut, filled, line_width, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import UsageError
-from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.half import F16_MAX
 from gguf3n.inspection.network import Section, short_name
 from gguf3n.inspection.statistics import (
@@ -119,13 +118,14 @@ def stats(
 
 
 def _compare(file: str, source: str, threads: int | None, quiet: bool) -> TensorsResult:
+    from gguf3n.validation.candidate import Candidate
     from gguf3n.validation.tensors import check_tensors
     from gguf3n.validation.validate import part_for, read_reference
 
-    part = part_for(Path(file), read_reference(source, show_progress=not quiet))
-    gguf = open_gguf(file, strict=False)
+    candidate = Candidate(Path(file))
+    part = part_for(candidate, read_reference(source, show_progress=not quiet))
     with progress_bar(quiet=quiet) as progress:
-        return check_tensors(gguf, part, threads=threads, progress=progress)
+        return check_tensors(candidate.gguf, part, threads=threads, progress=progress)
 
 
 def _draw(path: Path, result: Statistics, compared: TensorsResult | None, force: bool) -> None:

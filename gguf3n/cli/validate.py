@@ -13,6 +13,7 @@ from gguf3n.cli.paint import filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.options import N_CTX, N_TOKENS, parse_stages, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Verdict
@@ -87,12 +88,13 @@ def validate(
         force=force,
     )
     source = read_reference(reference, revision=revision, show_progress=not quiet)
-    part = part_for(file, source)
+    candidate = Candidate(file)
+    part = part_for(candidate, source)
     for notice in part.notices:
         print_note("note", notice, quiet=quiet)
     with progress_bar(quiet=quiet) as progress:
         validation = run_stages(
-            file, part, wanted, progress=progress, notice=lambda text: print_note("note", text, quiet=quiet)
+            candidate, part, wanted, progress=progress, notice=lambda text: print_note("note", text, quiet=quiet)
         )
     if report is not None:
         write_report(validation, report, force=force)

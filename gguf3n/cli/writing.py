@@ -24,6 +24,7 @@ from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.inspection.lint import Finding
 from gguf3n.planning import Plan, make_plan
 from gguf3n.recipes import For, find_recipe
+from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.logits import check_fits
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.report import check_report, write_report
@@ -195,7 +196,7 @@ def _validated(written: Sequence[Conversion], validation: ValidationOptions, *, 
             with progress_bar(quiet=quiet) as progress:
                 validations.append(
                     run_stages(
-                        each.path,
+                        Candidate(each.path),
                         each.plan.part,
                         chosen,
                         progress=progress,

@@ -17,7 +17,6 @@ from gguf.constants import Keys
 from gguf3n.conversion import read_gguf, read_source
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC
-from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
 from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
@@ -126,16 +125,17 @@ def validate(
     )
     check_file(Path(path))
     source = reference if isinstance(reference, Source) else read_reference(reference)
-    return run_stages(Path(path), part_for(Path(path), source), options, progress=progress, notice=notice)
+    candidate = Candidate(Path(path))
+    return run_stages(candidate, part_for(candidate, source), options, progress=progress, notice=notice)
 
 
-def part_for(path: Path, source: Source) -> Part:
+def part_for(candidate: Candidate, source: Source) -> Part:
     """What a file should be: its source's text model, or those encoders that the file says it has.
 
     Raises: SourceError or a class below it; GGUFError for a source.
     """
     try:
-        keys = open_gguf(path, strict=False).keys
+        keys = candidate.gguf.keys
     except GGUFError:  # the stages say what is wrong with it
         return text_part(source)
 
@@ -150,7 +150,7 @@ def part_for(path: Path, source: Source) -> Part:
 
 
 def run_stages(
-    path: Path,
+    candidate: Candidate,
     part: Part,
     options: ValidationOptions,
     *,
@@ -158,12 +158,12 @@ def run_stages(
     notice: Notice | None = None,
 ) -> Validation:
     """The same with parsed options and a source that is open; arguments and errors as for `validate`."""
+    path = candidate.path
     check_file(path)
     stages = stages_for(part, options.stages)
     if notice is not None and part.kind is PartKind.MMPROJ and Stage.VISION in set(options.stages).difference(stages):
         notice("vision is not compared: that takes a vision encoder, and a checkpoint as the reference")
     check_extra(part.source, options, stages)
-    candidate = Candidate(path)
     prepared = {
         row.stage: _attempt(path, lambda row=row: row.prepare(candidate, part, options, notice))  # type: ignore[misc]
         for row in STAGES

@@ -67,7 +67,9 @@ def options(**changes: object) -> ValidationOptions:
 
 
 def run(path: Path, reference: Path, **changes: object) -> tuple[Validation, VisionResult]:
-    validation = run_stages(path, part_for(path, gguf3n.read_source(reference)), options(**changes))
+    validation = run_stages(
+        Candidate(path), part_for(Candidate(path), gguf3n.read_source(reference)), options(**changes)
+    )
     result = validation.stages[Stage.VISION]
     assert isinstance(result, VisionResult), result.problems
     return validation, result
@@ -128,7 +130,9 @@ def test_a_file_that_aborts_is_a_fault(seeing: Path, files: dict[str, Path], tmp
     gguf3n.convert(
         seeing, [], path, mmproj="F16", audio=False, tensor_types=["v.blk.0.0.conv_exp.weight=BF16"], force_types=True
     )
-    validation = run_stages(path, part_for(path, gguf3n.read_source(seeing)), options(text_model=files["text"]))
+    validation = run_stages(
+        Candidate(path), part_for(Candidate(path), gguf3n.read_source(seeing)), options(text_model=files["text"])
+    )
     (problem,) = validation.stages[Stage.VISION].problems
     assert problem.verdict is Verdict.FAIL and "aborts" in problem.what
 
@@ -141,7 +145,7 @@ def test_a_server_is_asked_likewise(seeing: Path, files: dict[str, Path]) -> Non
 
 def refused(path: Path, reference: str | Path, **changes: object) -> str:
     with pytest.raises((UsageError, GGUFError)) as caught:
-        part = part_for(path, gguf3n.read_source(reference))
+        part = part_for(Candidate(path), gguf3n.read_source(reference))
         prepare_vision(Candidate(path), part, options(**changes))
     return caught.value.one_line
 
@@ -163,7 +167,9 @@ def test_a_text_file_without_the_mark(seeing: Path, files: dict[str, Path], monk
     source = gguf3n.read_source(seeing)
     monkeypatch.setitem(source.raw_config, "eoi_token_id", 5000)  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="does not fit"):
-        prepare_vision(Candidate(files["F16"]), part_for(files["F16"], source), options(text_model=files["text"]))
+        prepare_vision(
+            Candidate(files["F16"]), part_for(Candidate(files["F16"]), source), options(text_model=files["text"])
+        )
 
 
 def test_stages_are_those_of_the_kind_of_file(seeing: Path, files: dict[str, Path]) -> None:
