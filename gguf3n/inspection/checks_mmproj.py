@@ -16,6 +16,7 @@ from gguf3n.formats.gguf_reader import GGUFArray
 from gguf3n.formats.rows import FLOAT_DTYPES
 from gguf3n.gemma3n.encoders import IMAGE_UNIT, MAX_IMAGE_SIZE, N_IMAGE_TOKENS
 from gguf3n.gemma3n.mmproj import FILE_KIND, INPUT_PROJECTION, KEYS, RUNS, VisionKey, known_shapes, target_name
+from gguf3n.inspection.encoder_facts import PROJECTORS
 from gguf3n.inspection.f16_inputs import CONVOLUTION_INPUTS, input_bounds
 from gguf3n.inspection.found import FILE, Found, absent, named, said
 from gguf3n.inspection.subject import Subject
@@ -46,6 +47,17 @@ def key_types(subject: Subject) -> Iterator[Found]:
                 yield Found(key.name, f"is {found.type_name}, not an array of three {kind} or more")
         elif isinstance(found.value, GGUFArray) or found.type is not key.type:
             yield Found(key.name, f"is {found.type_name}, not {kind}")
+
+
+def claimed_encoders(subject: Subject) -> Iterator[Found]:
+    """Keys that say another thing of an encoder than its tensors do; missing_keys finds those that say nothing."""
+    for kind, projector in PROJECTORS.items():
+        claim, own = f"clip.has_{kind}_encoder", f"clip.{kind}.projector_type"
+        is_there, value = kind in subject.encoders.there, subject.text(own)
+        if claim in subject.gguf.keys and subject.gguf.keys[claim].value is (not is_there):
+            yield Found(claim, f"is {not is_there}, and there are {'' if is_there else 'no '}tensors of {kind}")
+        if is_there and value not in (None, projector):
+            yield Found(own, f"is {value!r}, and the tensors are those of {projector!r}")
 
 
 def common_projector(subject: Subject) -> Iterator[Found]:
@@ -129,8 +141,13 @@ def file_name(subject: Subject) -> Iterator[Found]:
         yield said(FILE, f"{name}: no mmproj in the name")
 
 
+def audio_alone(subject: Subject) -> Iterator[Found]:
+    if subject.encoders.there == ("audio",):
+        yield said(Keys.Clip.HAS_AUDIO_ENCODER, "it has an audio encoder, and no vision encoder")
+
+
 def idle_audio(subject: Subject) -> Iterator[Found]:
-    if "audio" in subject.encoders.kinds:
+    if subject.encoders.there == ("vision", "audio"):
         yield said(Keys.Clip.HAS_AUDIO_ENCODER, "it has an audio encoder")
 
 
@@ -152,6 +169,18 @@ def text_width(subject: Subject) -> Iterator[Found]:
     if projection is not None and width is not None and projection.shape != (width, width):
         what = f"{list(projection.shape)} in the mmproj file, and the text model has a width of {width}"
         yield said(INPUT_PROJECTION, f"{INPUT_PROJECTION} is {what}")
+
+
+def said_width(subject: Subject) -> Iterator[Found]:
+    """Of the text model: a key of the encoders says another width."""
+    other, width = subject.mmproj, subject.sizes.by_word.get("embd")
+    if other is None or width is None:
+        return
+    for kind in other.encoders.there:
+        name = f"clip.{kind}.projection_dim"
+        value = other.integer(name)
+        if value not in (None, width):
+            yield Found(name, f"is {value}, and the text model has a width of {width}")
 
 
 def image_marks(subject: Subject) -> Iterator[Found]:

@@ -15,12 +15,15 @@ from gguf3n.gemma3n.mmproj import (
     AUDIO_PROJECTOR,
     TOWER,
     VISION_PROJECTOR,
+    encoder_of,
     known_shapes,
     order_of_names,
 )
 from gguf3n.gemma3n.tower import Tower, read_tower
 
 PROJECTORS = {"vision": VISION_PROJECTOR, "audio": AUDIO_PROJECTOR}
+OWN_TENSORS = ("v.msfa.", "mm.a.hard_emb_norm.")
+"""Beginnings of names that no other model's encoders have. Why not a.conv1d: Whisper's have it too."""
 
 
 class EncoderFacts:
@@ -31,7 +34,8 @@ class EncoderFacts:
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """Which of Gemma 3n's encoders it says that it has: "vision", "audio"; none for a file of another kind."""
+        """Which of Gemma 3n's encoders it says that it has, or has tensors of: "vision", "audio"; none for a file of
+        another kind."""
         keys = self.gguf.keys
 
         def text(name: str) -> str | None:
@@ -41,9 +45,18 @@ class EncoderFacts:
         if text(Keys.General.ARCHITECTURE) != ARCH:
             return ()
         common = text(Keys.Clip.PROJECTOR_TYPE)
-        return tuple(
+        said = [
             kind for kind, projector in PROJECTORS.items() if projector in (common, text(f"clip.{kind}.projector_type"))
-        )
+        ]
+        if not said and not any(name.startswith(OWN_TENSORS) for name in self.gguf.tensors):
+            return ()
+        return tuple(kind for kind in PROJECTORS if kind in said or kind in self.there)
+
+    @cached_property
+    def there(self) -> tuple[str, ...]:
+        """Which encoders have tensors, whatever the keys say."""
+        found = {encoder_of(name) for name in self.gguf.tensors}
+        return tuple(kind for kind in PROJECTORS if kind in found)
 
     @cached_property
     def _rules(self) -> tuple[dict[str, Rule], MappingError | None]:

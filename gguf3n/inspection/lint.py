@@ -15,10 +15,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from gguf3n.errors import GGUFError
+from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.byte_source import HeaderInMemory, is_remote
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf, read_header
 from gguf3n.gemma3n.mmproj import ARCH as ENCODER_ARCH
+from gguf3n.gemma3n.text import ARCH as TEXT_ARCH
 from gguf3n.inspection import checks_data as data
 from gguf3n.inspection import checks_layout as layout
 from gguf3n.inspection import checks_mmproj as mmproj
@@ -235,10 +236,12 @@ CHECKS: tuple[Check, ...] = (
             ENCODERS_AGAIN, mmproj.missing_keys),
     _mmproj("mmproj-key-type", E, "llama.cpp aborts, or takes another value",
             ENCODERS_AGAIN, mmproj.key_types),
+    _mmproj("mmproj-encoder", E, "llama.cpp does not load the file, or leaves an encoder out",
+            ENCODERS_AGAIN, mmproj.claimed_encoders),
     _mmproj("mmproj-projector", E, "llama.cpp takes it for both encoders, and the audio encoder for a vision tower",
             f"{REPAIR}, where each encoder has its own", mmproj.common_projector),
     _mmproj("mmproj-image-size", E, "llama.cpp aborts at the first image, or counts other tokens than the tower makes",
-            "gguf3n edit --set clip.vision.image_size=768 --set clip.vision.patch_size=3", mmproj.image_size),
+            "gguf3n edit --set clip.vision.patch_size=N, image_size / 256 (Google's are 3 and 768)", mmproj.image_size),
     _mmproj("mmproj-tensor", E, "llama.cpp leaves out what it does not find, and the image is nonsense",
             ENCODERS_AGAIN, mmproj.missing_tensors),
     _mmproj("mmproj-extra-tensor", W, "nobody reads it",
@@ -257,10 +260,14 @@ CHECKS: tuple[Check, ...] = (
             "gguf3n edit --set general.type=mmproj", mmproj.general_type),
     _mmproj("mmproj-name", N, "llama.cpp and LM Studio find the file beside its model by its name",
             "name it mmproj-NAME-TYPE.gguf", mmproj.file_name),
+    _mmproj("audio-alone", E, "llama.cpp does not load a file with an audio encoder alone",
+            f"{ENCODERS_AGAIN}, without --no-vision", mmproj.audio_alone),
     _mmproj("idle-audio", N, "llama.cpp says that the model can hear, and does not run the audio encoder of Gemma 3n",
             "gguf3n quantize FILE --mmproj TYPE --no-audio leaves it out", mmproj.idle_audio),
     Check("fit-width", E, "llama.cpp does not load the two together",
           "take the mmproj file of the same size of model", Group.PAIR, mmproj.text_width),
+    Check("fit-key", W, "programs that go by the key take them for files of two models",
+          "gguf3n edit MMPROJ --set KEY=WIDTH, if the encoders are this model's", Group.PAIR, mmproj.said_width),
     Check("fit-images", E, "llama.cpp cuts the marks around an image into pieces of text",
           "convert the text model again: files of 2025 lack the tokens of images", Group.PAIR, mmproj.image_marks),
 
@@ -291,7 +298,8 @@ def lint(
         with_data: read the tensors too.
         progress: told of the bytes that are read for that.
 
-    Raises: GGUFError for a file that is not there; HubError. A file whose header can't be read is a finding.
+    Raises: GGUFError for a file that is not there; HubError; UsageError where `beside` is given and one of the two is
+        of another kind. A file whose header can't be read is a finding.
     """
     if isinstance(source, GGUFFile):
         return lint_file(source, with_data=with_data, progress=progress, beside=beside)
@@ -317,8 +325,27 @@ def lint_file(
     progress: OnProgress | None = None,
     beside: GGUFFile | None = None,
 ) -> Report:
-    """Check a file that is open, as `open_gguf(..., strict=False)` gives it."""
-    return _lint(Subject(gguf, progress, None if beside is None else Subject(beside)), with_data=with_data)
+    """Check a file that is open, as `open_gguf(..., strict=False)` gives it. Raises: UsageError, as `lint`."""
+    other = None if beside is None else Subject(beside)
+    subject = Subject(gguf, progress, other)
+    if other is not None:
+        _check_pair(subject, other)
+    return _lint(subject, with_data=with_data)
+
+
+def _check_pair(text: Subject, encoders: Subject) -> None:
+    """Refuse what is no pair at all, as two text models. Raises: UsageError."""
+    for subject, fits, what in (
+        (text, text.is_gemma3n, "the text model"),
+        (encoders, encoders.is_mmproj, "the mmproj file"),
+    ):
+        if not fits:
+            raise UsageError(
+                f"{subject.gguf.name}: not {what} of a Gemma 3n",
+                expected=f"general.architecture {TEXT_ARCH}, and {ENCODER_ARCH} of the file after --mmproj",
+                found=_architecture(subject),
+                fix="gguf3n lint TEXT.gguf --mmproj MMPROJ.gguf",
+            )
 
 
 def _lint(subject: Subject, *, with_data: bool = False) -> Report:
@@ -344,11 +371,9 @@ def lint_headers(headers: Sequence[HeaderInMemory]) -> Iterator[tuple[Finding, .
 def _groups(subject: Subject, *, with_data: bool) -> tuple[Collection[Group], str | None]:
     """Which checks are made of a file, and why not all that were asked for."""
     if not subject.is_gemma3n and not subject.is_mmproj:
-        said = subject.architecture or "nothing"
-        said += ", and no projector is Gemma 3n's" if said == ENCODER_ARCH else ""
-        return (Group.LAYOUT,), f"general.architecture says {said}: only the layout was checked"
+        return (Group.LAYOUT,), f"general.architecture says {_architecture(subject)}: only the layout was checked"
     own = {Group.LAYOUT, Group.MODEL} if subject.is_gemma3n else {Group.LAYOUT, Group.MMPROJ}
-    if subject.is_gemma3n and subject.mmproj is not None:
+    if subject.mmproj is not None:
         own.add(Group.PAIR)
     skipped = None
     if with_data and subject.gguf.byte_order == "big":
@@ -358,3 +383,9 @@ def _groups(subject: Subject, *, with_data: bool) -> tuple[Collection[Group], st
     elif with_data:
         return own | {Group.VALUES, Group.DATA if subject.is_gemma3n else Group.MMPROJ_DATA}, None
     return own, skipped
+
+
+def _architecture(subject: Subject) -> str:
+    """What a file says that it is."""
+    other = subject.architecture == ENCODER_ARCH and not subject.is_mmproj
+    return (subject.architecture or "nothing") + (", and no projector is Gemma 3n's" if other else "")

@@ -14,6 +14,7 @@ import pytest
 
 import gguf3n
 from gguf3n.cli import main
+from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
@@ -54,6 +55,7 @@ def renamed(path: Path) -> Path:
 PLANTS: dict[str, tuple[Plant, set[str]]] = {
     "mmproj-key": (lambda path: unset_key(path, "clip.vision.image_size"), set()),
     "mmproj-key-type": (lambda path: set_key(path, "clip.vision.image_size", VT.FLOAT32, 256.0), set()),
+    "mmproj-encoder": (lambda path: set_key(path, "clip.has_vision_encoder", VT.BOOL, False), set()),
     "mmproj-projector": (lambda path: set_key(path, "clip.projector_type", VT.STRING, "gemma3nv"), set()),
     "mmproj-image-size": (lambda path: set_key(path, "clip.vision.patch_size", VT.UINT32, 14), set()),
     "mmproj-tensor": (lambda path: drop_tensors(path, NORM), set()),
@@ -75,11 +77,12 @@ PLANTS: dict[str, tuple[Plant, set[str]]] = {
 
 @pytest.fixture(scope="module")
 def converted(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The small checkpoint's text model and encoders, without audio and with. Not to be changed."""
+    """The small checkpoint's text model and encoders: all, vision alone, audio alone. Not to be changed."""
     source, folder = make_checkpoint(multimodal=True), tmp_path_factory.mktemp("lint")
     text, with_audio = gguf3n.convert(source, "Q8_0", folder, mmproj="F16")
     (vision,) = gguf3n.convert(source, mmproj="F16", output=folder / "mmproj-vision.gguf", audio=False)
-    return {"text": text.path, "audio": with_audio.path, "vision": vision.path}
+    (blind,) = gguf3n.convert(source, mmproj="F16", output=folder / "mmproj-audio.gguf", vision=False)
+    return {"text": text.path, "audio": with_audio.path, "vision": vision.path, "blind": blind.path}
 
 
 @pytest.fixture
@@ -97,11 +100,12 @@ def test_sound_files(converted: dict[str, Path]) -> None:
     groups = (Group.LAYOUT, Group.MMPROJ, Group.VALUES, Group.MMPROJ_DATA)
     assert report.n_checks == sum(check.group in groups for check in CHECKS)
     assert ids(converted["audio"]) == {"idle-audio"}
+    assert ids(converted["blind"]) == {"audio-alone"}
 
 
 def test_every_check_has_a_fault() -> None:
     wanted = {check.id for check in CHECKS if check.group in (Group.MMPROJ, Group.VALUES, Group.MMPROJ_DATA)}
-    assert set(PLANTS) == wanted - {"idle-audio"}
+    assert set(PLANTS) == wanted - {"idle-audio", "audio-alone"}
 
 
 @pytest.mark.parametrize("check_id", PLANTS)
@@ -126,7 +130,52 @@ def test_a_tower_of_another_kind(copy: Path) -> None:
     assert "block 1.0 of the vision tower is missing" in finding.found
 
 
-def test_another_projector_is_not_checked(copy: Path) -> None:
+CLAIMS: dict[str, tuple[Plant, set[str], str]] = {
+    "another projector": (
+        lambda path: set_key(path, "clip.vision.projector_type", VT.STRING, "gemma3"),
+        {"mmproj-encoder"},
+        "clip.vision.projector_type is 'gemma3', and the tensors are those of 'gemma3nv'",
+    ),
+    "no projector": (
+        lambda path: unset_key(path, "clip.vision.projector_type"),
+        {"mmproj-key"},
+        "clip.vision.projector_type",
+    ),
+    "a denial": (
+        lambda path: set_key(path, "clip.has_vision_encoder", VT.BOOL, False),
+        {"mmproj-encoder"},
+        "clip.has_vision_encoder is False, and there are tensors of vision",
+    ),
+    "a claim": (
+        lambda path: set_key(path, "clip.has_audio_encoder", VT.BOOL, True),
+        {"mmproj-encoder"},
+        "clip.has_audio_encoder is True, and there are no tensors of audio",
+    ),
+}
+"""What keys say of the encoders, whose tensors say otherwise: with which findings, the first in which words."""
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_keys_that_tensors_belie(copy: Path, case: str) -> None:
+    plant, expected, words = CLAIMS[case]
+    plant(copy)
+    assert ids(copy) == expected
+    assert lint(copy).findings[0].found == words
+
+
+def test_an_audio_encoder_without_its_keys(converted: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(converted["blind"], tmp_path / "mmproj-copy.gguf"))
+    for name in ("clip.audio.projector_type", "clip.has_audio_encoder"):
+        unset_key(path, name)
+    assert ids(path) == {"mmproj-key", "audio-alone"}
+
+
+def drop_own_tensors(path: Path) -> None:
+    drop_tensors(path, *(name for name in open_gguf(path).tensors if name.startswith("v.msfa.")))
+
+
+def test_an_encoder_of_another_model_is_not_checked(copy: Path) -> None:
+    drop_own_tensors(copy)
     set_key(copy, "clip.vision.projector_type", VT.STRING, "gemma3")
     report = lint(copy)
     assert report.skipped is not None and "no projector is Gemma 3n's" in report.skipped
@@ -138,6 +187,9 @@ def test_a_pair(converted: dict[str, Path], copy: Path, tmp_path: Path) -> None:
         return {finding.check.id for finding in report.findings if finding.check.group is Group.PAIR}
 
     assert found(converted["text"], copy) == set()
+    set_key(copy, "clip.vision.projection_dim", VT.UINT32, 128)
+    assert found(converted["text"], copy) == {"fit-key"}
+    set_key(copy, "clip.vision.projection_dim", VT.UINT32, 256)
     change_tensor(copy, "mm.input_projection.weight", shape=(128, 512))
     assert found(converted["text"], copy) == {"fit-width"}
     old = Path(shutil.copy(converted["text"], tmp_path / "old.gguf"))
@@ -146,6 +198,24 @@ def test_a_pair(converted: dict[str, Path], copy: Path, tmp_path: Path) -> None:
     assert isinstance(texts, list)
     set_array(old, name, VT.STRING, ["?" if text == "<end_of_image>" else text for text in texts])
     assert found(old, converted["vision"]) == {"fit-images"}
+
+
+@pytest.mark.parametrize("kinds", [("text", "text"), ("vision", "text"), ("vision", "audio")])
+def test_no_pair(converted: dict[str, Path], kinds: tuple[str, str]) -> None:
+    text, encoders = (converted[kind] for kind in kinds)
+    with pytest.raises(UsageError, match="of a Gemma 3n") as caught:
+        lint(text, beside=open_gguf(encoders))
+    wrong, found = (encoders, "gemma3n") if kinds[0] == "text" else (text, "clip")
+    assert str(wrong) in caught.value.what and caught.value.found == found
+    assert caught.value.fix == "gguf3n lint TEXT.gguf --mmproj MMPROJ.gguf"
+
+
+def test_no_pair_with_another_model(converted: dict[str, Path], copy: Path) -> None:
+    drop_own_tensors(copy)
+    set_key(copy, "clip.vision.projector_type", VT.STRING, "gemma3")
+    with pytest.raises(UsageError, match="not the mmproj file") as caught:
+        lint(converted["text"], beside=open_gguf(copy))
+    assert caught.value.found == "clip, and no projector is Gemma 3n's"
 
 
 def test_bounds_hold_for_what_goes_in(converted: dict[str, Path]) -> None:
