@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from gguf3n.formats.whole_file import check_output, check_space, make_directory
 from gguf3n.gemma3n.gguf_types import types_by_storage
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
-from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
+from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, check_kind, mmproj_part, text_part
 from gguf3n.gemma3n.source import GGUFSource, Source, open_gguf_source, open_source
 from gguf3n.pipeline import run
 from gguf3n.planning import Plan, linted, make_plan
@@ -160,16 +160,20 @@ def read_source(
     return _checked(opened, allow_requantize) if isinstance(opened, GGUFSource) else opened
 
 
-def read_gguf(source: str | Path, *, allow_requantize: bool = False) -> Source:
+def read_gguf(source: str | Path, *, allow_requantize: bool = False, kinds: Collection[PartKind] = ()) -> Source:
     """Open a GGUF file to convert it.
 
     Args:
         source: the file, or any part of a split one.
         allow_requantize: take a file that is quantized already.
+        kinds: what is wanted of it.
 
-    Raises: GGUFError; UsageError for a quantized file.
+    Raises: GGUFError; SourceError for a file of another kind; UsageError for a quantized file.
     """
-    return _checked(open_gguf_source(Path(source)), allow_requantize)
+    opened = open_gguf_source(Path(source))
+    for kind in kinds:
+        check_kind(opened, kind)
+    return _checked(opened, allow_requantize)
 
 
 def _checked(source: GGUFSource, allow_requantize: bool) -> Source:
@@ -234,7 +238,11 @@ def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
     """A plan for each file that is wanted; errors as for `plan`."""
     texts = [recipe for recipe in options.recipes if recipe.part is For.TEXT]
     encoders = [recipe for recipe in options.recipes if recipe.part is For.MMPROJ]
-    plans = plan_all(text_part(source), texts, options.imatrix) if texts else []
+    plans: list[Plan] = []
+    if texts:
+        wanted = zip(ENCODERS, (options.vision, options.audio), strict=True)
+        beside = [what for what, is_wanted in wanted if encoders and is_wanted]
+        plans += plan_all(text_part(source, beside=beside), texts, options.imatrix)
     if encoders:
         part = mmproj_part(source, vision=options.vision, audio=options.audio)
         plans += linted([make_plan(part, recipe, force_types=options.force_types) for recipe in encoders])

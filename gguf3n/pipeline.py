@@ -181,7 +181,7 @@ class _Work:
                 f"tensor {planned.slot.name!r} does not fit {qtype.name}",
                 expected="magnitudes that half precision holds, at most 65504",
                 found=f"a weight of magnitude {largest:g}",
-                fix="use BF16 or F32 for this tensor",
+                fix=planned.wider,
             )
 
 

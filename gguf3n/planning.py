@@ -37,6 +37,14 @@ class PlannedTensor:
     quant_weights: NDArray[np.float32] | None = None
     """An importance for each column of a row, where the importance matrix has one."""
 
+    @property
+    def wider(self) -> str:
+        """What to do where a value is too large for the type."""
+        if self.source.storage not in RUNS:
+            return "use BF16 or F32 for this tensor"
+        types = " or ".join(qtype.name for qtype in RUNS[self.source.storage][0] if qtype is not QType.F16)
+        return f"use {types} for this tensor, as --mmproj lossless does"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -74,6 +74,11 @@ def test_quantize(run: Run, source: Path, tmp_path: Path) -> None:
     for file, option, said in ((encoders, "-q", "--mmproj"), (text, "--mmproj", "--quant")):
         code, _, err = run("quantize", file, option, "Q8_0", "-o", tmp_path / "other")
         assert code == 3 and "choose its types with " + said in err
+    assert run("quantize", text, "-q", "Q8_0", "-o", tmp_path)[0] == 0
+    code, _, err = run("quantize", tmp_path / f"{source.name}-Q8_0.gguf", "--mmproj", "F16", "-o", tmp_path / "other")
+    assert code == 3 and "the text model" in err and "--allow-requantize" not in err
+    code, _, err = run("validate", text, "--reference", encoders, "--stages", "structure")
+    assert code == 3 and "give the text file instead" in err
     assert not (tmp_path / "other").exists()
 
 
@@ -108,7 +113,9 @@ def test_files_are_looked_at(run: Run, source: Path, tmp_path: Path) -> None:
 def test_what_is_refused(run: Run, source: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     pattern = "v.blk.*.dw_*.conv.weight=F32"
     for arguments, status, said in (
-        ((tiny_checkpoint, "--mmproj", "F16"), 3, "no vision tensors"),
+        ((tiny_checkpoint, "--mmproj", "F16"), 3, "no vision or audio tensors"),
+        ((source, "--mmproj", "-o", tmp_path), 2, "--mmproj without a type"),
+        ((source, "--mmproj", "--dry-run"), 2, "--mmproj F16"),
         ((source, "--mmproj", "Q4_K_M"), 2, "unknown quantization 'Q4_K_M' of the mmproj file"),
         ((source, "--mmproj", "F16", "--tensor-type", pattern), 2, "llama.cpp aborts while it loads"),
         ((source, "-q", "Q8_0", "--no-audio"), 2, "--no-audio is for a file that is not wanted"),

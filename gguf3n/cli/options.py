@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gguf3n.errors import UsageError
 from gguf3n.recipes import PLE_TYPES, For, preset_names
 from gguf3n.validation.result import Stage
 
@@ -20,10 +21,21 @@ Quants = Annotated[
         "--quant", "-q", help=f"Quantization: a name or a recipe file; repeat for several files. {TYPE_NAMES}."
     ),
 ]
+
+
+def _types(names: list[str] | None) -> list[str] | None:
+    """Refuse an option where a type is to be, before it is missed elsewhere. Raises: UsageError."""
+    for name in names or ():
+        if name.startswith("-"):
+            raise UsageError("--mmproj without a type", expected=MMPROJ_NAMES, found=name, fix="--mmproj F16")
+    return names
+
+
 Mmproj = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TYPE",
+        callback=_types,
         help=f"Write the mmproj file, vision and audio, too; without --quant alone. Repeatable. {MMPROJ_NAMES}.",
     ),
 ]

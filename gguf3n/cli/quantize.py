@@ -9,6 +9,7 @@ import typer
 
 from gguf3n.cli.writing import Writing, write_or_show
 from gguf3n.conversion import read_gguf
+from gguf3n.gemma3n.part import PartKind
 
 
 def quantize(
@@ -19,4 +20,7 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize a GGUF file of Gemma 3n to one file, or to several from one read."""
-    write_or_show(lambda: read_gguf(source, allow_requantize=allow_requantize), wanted)
+    kinds = [PartKind.TEXT] if wanted.quant or wanted.like else []
+    if wanted.mmproj:
+        kinds.append(PartKind.MMPROJ)
+    write_or_show(lambda: read_gguf(source, allow_requantize=allow_requantize, kinds=kinds), wanted)

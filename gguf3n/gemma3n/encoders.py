@@ -20,6 +20,8 @@ from gguf3n.gemma3n.tower import PUBLISHED_WIDTH
 
 ARCHITECTURE = "mobilenetv5_300m_enc"
 """vision_config.architecture of every Gemma 3n: timm's name of the tower."""
+ANY_SIZE = "mobilenetv5"
+"""How the names of such towers of other widths begin."""
 VISION_TYPE, AUDIO_TYPE = "gemma3n_vision", "gemma3n_audio"
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -102,7 +104,7 @@ AUDIO: Mapping[str, Any] = {
 }
 """The same of audio_config."""
 
-PROCESSOR: Mapping[str, int] = {"image_size": 768, "image_seq_length": N_IMAGE_TOKENS}
+PROCESSOR: Mapping[str, int] = {"size.height": 768, "image_seq_length": N_IMAGE_TOKENS}
 
 
 def read_encoders(
@@ -153,9 +155,13 @@ def _vision(section: Mapping[str, Any], directory: Path, files: tuple[str, ...])
     config = directory / "config.json"
     values = {name: _number(section, name, default, config) for name, default in VISION.items()}
     architecture = section.get("architecture", ARCHITECTURE)
-    if values["hidden_size"] == PUBLISHED_WIDTH and architecture != ARCHITECTURE:
+    is_known = isinstance(architecture, str) and architecture.startswith(ANY_SIZE)
+    if not is_known or (values["hidden_size"] == PUBLISHED_WIDTH and architecture != ARCHITECTURE):
         raise ConfigError(
-            f"{config}: another vision tower than Gemma 3n's", expected=ARCHITECTURE, found=shown(architecture)
+            f"{config}: another vision tower than Gemma 3n's",
+            expected=f"vision_config.architecture {ARCHITECTURE}",
+            found=shown(architecture),
+            fix="only Gemma 3n's encoders can be converted; leave --mmproj out for the text model alone",
         )
     image_size, n_tokens, path = _processor(directory, files)
     if image_size % IMAGE_UNIT or image_size > MAX_IMAGE_SIZE or n_tokens != N_IMAGE_TOKENS:
@@ -191,12 +197,12 @@ def _processor(directory: Path, files: tuple[str, ...]) -> tuple[int, int, Path]
             if "size" in content or "image_seq_length" in content:
                 path = directory / name
             found |= content
-    size = found.get("size", {"height": PROCESSOR["image_size"]})
+    size = found.get("size", {"height": PROCESSOR["size.height"]})
     if not isinstance(size, dict) or "height" not in size:
         raise ConfigError(f"{path}: size is impossible", expected="an object with height and width", found=shown(size))
     if size.get("width", size["height"]) != size["height"]:
         raise ConfigError(f"{path}: images are not square", expected="equal height and width", found=shown(size))
-    sides = {"image_size": size["height"], "image_seq_length": found.get("image_seq_length")}
+    sides = {"size.height": size["height"], "image_seq_length": found.get("image_seq_length")}
     image_size, n_tokens = (int(_number(sides, name, default, path)) for name, default in PROCESSOR.items())
     return image_size, n_tokens, path
 

@@ -254,7 +254,7 @@ def table(encoders: Encoders, source: Mapping[str, SourceTensor], origin: str) -
     tower = None
     if encoders.vision is not None:
         _check_there(found, VISION_NAMES, "vision", origin)
-        tower = read_tower(_tower_shapes(found, origin), origin)
+        tower = read_tower(_tower_shapes(found, origin), origin, TOWER)
         if tower.n_out != encoders.vision.hidden_size:
             raise MappingError(
                 f"{origin}: the vision tower is of another width",
@@ -270,25 +270,35 @@ def table(encoders: Encoders, source: Mapping[str, SourceTensor], origin: str) -
 def table_of(encoders: Encoders, tower: Tower | None) -> Table:
     """The same for a tower that is known."""
     n_layers = encoders.audio.conf_num_hidden_layers if encoders.audio is not None else None
+    there = [] if tower is None else [f"a vision tower of {tower.n_blocks} blocks"]
+    if n_layers is not None:
+        there.append(f"an audio encoder of {n_layers} layers")
     return Table(
-        model="the encoders of a Gemma 3n" if tower is None else f"a vision tower of {tower.n_blocks} blocks",
+        model=" and ".join(there),
         order=written_order(tower if encoders.vision is not None else None, n_layers),
         dropped=dropped(encoders),
         n_stacked=0,
         sizes=lambda bid: sizes(encoders, bid),
         evaluated=lambda rule, bid: True,
         least_rows=0,
-        said_by="config.json and MobileNet-V5 have it",
+        said_by="a Gemma 3n of this config.json has it",
     )
 
 
 def _check_there(names: Collection[str], prefixes: tuple[str, ...], what: str, origin: str) -> None:
-    if not any(name.startswith(prefixes) for name in names):
+    if not any(name.startswith(ENCODER_NAMES) for name in names):
         raise SourceError(
-            f"{origin}: no {what} tensors",
+            f"{origin}: no vision or audio tensors: a model of text only",
             expected=f"those of {prefixes[0]}*, which config.json describes",
-            fix=f"leave them out with --no-{what}, or convert the checkpoint that this one was tuned from",
+            fix="leave --mmproj out, or convert the checkpoint that it was tuned from",
         )
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise SourceError(
+                f"{origin}: no {what} tensors {prefix}*",
+                expected=f"those of {' and '.join(f'{each}*' for each in prefixes)}, which config.json describes",
+                fix=f"leave them out with --no-{what}, or convert the checkpoint that this one was tuned from",
+            )
 
 
 def _tower_shapes(found: Mapping[str, Shape], origin: str) -> dict[str, Shape]:
@@ -312,7 +322,11 @@ def concerns(encoders: Encoders) -> list[str]:
             "llama.cpp takes a vision encoder as wide as the text model; this one has "
             f"{vision.hidden_size} for {encoders.text_width}, and is refused beside its text model"
         )
-    if encoders.audio is not None:
+    if encoders.vision is None:
+        found.append(
+            "llama.cpp does not load a file with an audio encoder alone; leave --no-vision out for a file that it runs"
+        )
+    elif encoders.audio is not None:
         found.append(
             "llama.cpp does not run Gemma 3n's audio encoder yet, though it says that it can hear where one is there; "
             "--no-audio leaves it out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gguf.constants import Keys
@@ -27,6 +27,10 @@ from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
 
 READABLE = frozenset(qtype.name for qtype in GGML_TYPES)
 """Types of tensors that weights are read from."""
+
+
+AGAIN = "take another file of this model, or convert its checkpoint again"
+"""What to do about a GGUF file whose tensors are not a Gemma 3n's."""
 
 
 class PartKind(enum.Enum):
@@ -59,24 +63,34 @@ class Part:
         return self.kind.value.format(name=self.source.name, quant=quant)
 
 
-def text_part(source: Source) -> Part:
+ENCODERS = ("vision", "audio")
+
+
+def text_part(source: Source, *, beside: Collection[str] = ()) -> Part:
     """The text model of a source.
+
+    Args:
+        beside: which of ENCODERS go without a notice that they are left out: they have a file of their own.
 
     Raises: SourceError or a class below it; GGUFError.
     """
     if isinstance(source, GGUFSource):
         return _of_gguf(source)
     assert isinstance(source, Checkpoint), source
-    return _of_checkpoint(source)
+    return _of_checkpoint(source, tuple(beside))
 
 
-def _of_checkpoint(source: Checkpoint) -> Part:
+def _of_checkpoint(source: Checkpoint, beside: tuple[str, ...]) -> Part:
     config = source.config
     mapping = map_tensors(text.table(config), source.tensors, source.origin)
     tensors = with_end_of_image(mapping.tensors, source)
     vocabulary = source.vocabulary
     notices = [*source.notices, *vocabulary.notices]
-    notices += [f"left out {count} source tensors: {reason}" for reason, count in mapping.dropped]
+    notices += [
+        f"left out {count} source tensors: {reason}"
+        for reason, count in mapping.dropped
+        if not reason.startswith(beside)
+    ]
     if synthesized := mapping.synthesized:
         notices.append(
             f"zeros for {len(synthesized)} tensors that the checkpoint lacks ({synthesized[0]} …): keys and values "
@@ -124,8 +138,9 @@ def _architecture(source: GGUFSource) -> str:
     return "none" if key is None else str(key.value)
 
 
-def _check_architecture(source: GGUFSource, wanted: str) -> None:
+def check_kind(source: GGUFSource, kind: PartKind) -> None:
     """Refuse a file of another kind. Raises: SourceError."""
+    wanted = {PartKind.TEXT: text.ARCH, PartKind.MMPROJ: mmproj.ARCH}[kind]
     found = _architecture(source)
     if found == wanted:
         return
@@ -135,14 +150,15 @@ def _check_architecture(source: GGUFSource, wanted: str) -> None:
             f"{source.origin}: {'the text model' if is_text else 'the vision and audio encoders, not the text model'}",
             expected=f"general.architecture {wanted}",
             found=found,
-            fix="choose its types with " + ("--quant" if is_text else "--mmproj"),
+            fix=f"give the {'mmproj' if is_text else 'text'} file instead; "
+            f"to quantize this one, choose its types with {'--quant' if is_text else '--mmproj'}",
         )
     raise SourceError(f"{source.origin}: not a Gemma 3n", expected=f"general.architecture {wanted}", found=found)
 
 
 def _mmproj_of_gguf(source: GGUFSource, *, vision: bool, audio: bool) -> Part:
     """Keys and values are taken over as they are, of the encoders that are there and wanted."""
-    _check_architecture(source, mmproj.ARCH)
+    check_kind(source, PartKind.MMPROJ)
     projectors = [str(key.value) for name, key in source.gguf.keys.items() if name.endswith("projector_type")]
     if not {mmproj.VISION_PROJECTOR, mmproj.AUDIO_PROJECTOR}.intersection(projectors):
         raise SourceError(
@@ -153,7 +169,12 @@ def _mmproj_of_gguf(source: GGUFSource, *, vision: bool, audio: bool) -> Part:
     dropped = [what for what, is_wanted in (("vision", vision), ("audio", audio)) if not is_wanted]
     tensors = {name: tensor for name, tensor in source.tensors.items() if mmproj.encoder_of(name) not in dropped}
     if not tensors:
-        raise SourceError(f"{source.origin}: no {'vision' if vision else 'audio'} encoder")
+        raise SourceError(
+            f"{source.origin}: no {'vision' if vision else 'audio'} encoder",
+            expected="the tensors of one that is wanted",
+            found=f"{len(source.tensors)} tensors, all of another",
+            fix="leave --no-vision and --no-audio out, or give a file that has it",
+        )
     order = mmproj.order_of_names({name: tensor.shape for name, tensor in tensors.items()}, source.origin)
     mapped = [
         MappedTensor(rule.name(bid), mmproj.shape_from_gguf(rule, tensor), rule.storage, bid, in_channels(tensor))
@@ -166,7 +187,7 @@ def _mmproj_of_gguf(source: GGUFSource, *, vision: bool, audio: bool) -> Part:
 
 def _of_gguf(source: GGUFSource) -> Part:
     """Keys and values are taken over as they are, but for those that say how the file is quantized or split."""
-    _check_architecture(source, text.ARCH)
+    check_kind(source, PartKind.TEXT)
     gguf = source.gguf
     n_layers = _number(gguf, Keys.LLM.BLOCK_COUNT)
     n_kv_layers = n_layers - _number(gguf, Keys.Attention.SHARED_KV_LAYERS)
@@ -189,12 +210,17 @@ def _matched(
         name = rule.name(bid)
         tensor = left.pop(name, None)
         if tensor is None:
-            raise MappingError(f"{origin}: tensor {name!r} is missing", expected=f"it, in {model}")
+            raise MappingError(f"{origin}: tensor {name!r} is missing", expected=f"it, in {model}", fix=AGAIN)
         _check_readable(tensor)
         yield rule, bid, tensor
     if left:
         found = ", ".join(sorted(left)[:5])
-        raise MappingError(f"{origin}: {len(left)} tensors that are not Gemma 3n's", found=found)
+        raise MappingError(
+            f"{origin}: {len(left)} tensors that are not Gemma 3n's",
+            expected=f"those of {model}",
+            found=found,
+            fix=AGAIN,
+        )
 
 
 def _kept_keys(gguf: GGUFFile) -> tuple[KeyValue, ...]:

@@ -30,6 +30,8 @@ BLOCK = re.compile(r"(?:blocks|blk)\.(\d+)\.(\d+)\.(.+)")
 """Stage, block and suffix of a tensor's own name, in a checkpoint or a GGUF file."""
 MAX_BLOCKS = 1000
 """Of all stages. The published tower has 84."""
+WHOLE = "use files with a whole vision tower of a Gemma 3n, such as those of the checkpoint that this was tuned from"
+"""What to do about any other."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ PUBLISHED = Tower(
 """mobilenetv5_300m_enc, of E2B and E4B."""
 
 
-def read_tower(shapes: Mapping[str, Shape], origin: str) -> Tower:
+def read_tower(shapes: Mapping[str, Shape], origin: str, prefix: str = "v.") -> Tower:
     """The tower that has tensors of these shapes: the published one where the width is that.
 
     The sizes are those of the main convolutions; whether all other tensors are there and fit, the mapping sees.
@@ -174,17 +176,19 @@ def read_tower(shapes: Mapping[str, Shape], origin: str) -> Tower:
     Args:
         shapes: by names as `Tower.tensors` has them, or with `blk` for `blocks`.
         origin: named in errors.
+        prefix: what stands before the names in the file, for errors.
 
     Raises: MappingError for what can't be one.
     """
-    n_out, n_fused = _sizes(shapes, "msfa.ffn.pw_proj.conv.weight", origin)[:2]
+    n_out, n_fused = _sizes(shapes, "msfa.ffn.pw_proj.conv.weight", origin, prefix)[:2]
     if n_out == PUBLISHED_WIDTH:
         return PUBLISHED
     blocks: dict[tuple[int, int], dict[str, Shape]] = {}
     for name, shape in shapes.items():
         if match := BLOCK.fullmatch(name):
             if len(match[1]) > 3 or len(match[2]) > 3:
-                raise MappingError(f"{origin}: vision tower: {name}", expected=f"at most {MAX_BLOCKS} blocks")
+                expected = f"at most {MAX_BLOCKS} blocks"
+                raise MappingError(f"{origin}: vision tower: {name}", expected=expected, fix=WHOLE)
             blocks.setdefault((int(match[1]), int(match[2])), {})[match[3]] = shape
     stages: list[tuple[Block, ...]] = []
     for stage in range(N_STAGES):
@@ -195,10 +199,11 @@ def read_tower(shapes: Mapping[str, Shape], origin: str) -> Tower:
                 f"{origin}: block {stage}.{missing} of the vision tower is missing",
                 expected=f"{N_STAGES} stages of blocks without gaps: llama.cpp stops counting at the first",
                 found=f"blocks of stage {stage}: {', '.join(map(str, numbers)) or 'none'}",
+                fix=WHOLE,
             )
         stages.append(tuple(_block(blocks[stage, number], f"{stage}.{number}", origin) for number in numbers))
     _check_widths(stages, origin)
-    return Tower(_sizes(shapes, "conv_stem.conv.weight", origin)[0], tuple(stages), n_fused, n_out)
+    return Tower(_sizes(shapes, "conv_stem.conv.weight", origin, prefix)[0], tuple(stages), n_fused, n_out)
 
 
 def _block(shapes: Mapping[str, Shape], place: str, origin: str) -> Block:
@@ -221,37 +226,47 @@ def _block(shapes: Mapping[str, Shape], place: str, origin: str) -> Block:
         found = Attention(n_in, n_query, _sizes(shapes, "attn.key.proj.weight", where)[0], kernels[0])
         if n_query % found.n_key:
             expected = f"heads of {found.n_key}, as the keys have"
-            raise MappingError(f"{where}: {n_query} queries", expected=expected)
+            raise MappingError(f"{where}: {n_query} queries", expected=expected, fix=WHOLE)
     else:
         raise MappingError(
             f"{where} is none of MobileNet-V5's",
             expected="one with conv_exp, pw_exp or attn.query, as in Gemma 3n",
             found=", ".join(sorted(shapes)[:5]),
+            fix=WHOLE,
         )
     if even := [size for size in kernels if size and not size % 2]:
-        raise MappingError(f"{where} has an even kernel", expected="3 x 3 or 5 x 5", found=f"{even[0]} x {even[0]}")
+        found_kernel = f"{even[0]} x {even[0]}"
+        raise MappingError(f"{where} has an even kernel", expected="3 x 3 or 5 x 5", found=found_kernel, fix=WHOLE)
     return found
 
 
-def _sizes(shapes: Mapping[str, Shape], name: str, origin: str) -> Shape:
+def _sizes(shapes: Mapping[str, Shape], name: str, origin: str, prefix: str = "") -> Shape:
     """The four dimensions of a convolution's kernel."""
     shape = shapes.get(name)
     if shape is None:
-        raise MappingError(f"{origin}: tensor {name!r} is missing", expected="it, in the vision tower of a Gemma 3n")
+        raise MappingError(
+            f"{origin}: tensor {prefix + name!r} is missing",
+            expected="it, in the vision tower of a Gemma 3n",
+            fix=WHOLE,
+        )
     if len(shape) != 4 or 0 in shape:
         expected = "output channels, input channels, rows, columns"
-        raise MappingError(f"{origin}: {name} is no convolution", expected=expected, found=str(list(shape)))
+        raise MappingError(
+            f"{origin}: {prefix}{name} is no convolution", expected=expected, found=str(list(shape)), fix=WHOLE
+        )
     return shape
 
 
 def _check_widths(stages: list[tuple[Block, ...]], origin: str) -> None:
     before: Block | None = None
+    place = ""
     for stage, blocks in enumerate(stages):
         for number, block in enumerate(blocks):
             if before is not None and block.n_in != before.n_out:
                 raise MappingError(
-                    f"{origin}: block {stage}.{number} of the vision tower does not fit the one before it",
-                    expected=f"{before.n_out} input channels",
-                    found=str(block.n_in),
+                    f"{origin}: blocks {place} and {stage}.{number} of the vision tower do not fit together",
+                    expected="as many input channels as the block before has output channels",
+                    found=f"{before.n_out} output channels of {place}, {block.n_in} input channels of {stage}.{number}",
+                    fix=WHOLE,
                 )
-            before = block
+            before, place = block, f"{stage}.{number}"

@@ -31,6 +31,9 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 TEXT_ONLY = ("token_embd", "ple", "unevaluated", "keep", "image_rows", "n_layers")
 """Settings that mean nothing for the encoders."""
 
+OPTION = {For.TEXT: "--quant", For.MMPROJ: "--mmproj"}
+"""What a recipe is given with."""
+
 Settings = Mapping[str, Any]
 
 
@@ -128,11 +131,10 @@ def _inherited(file: RecipeFile, directory: Path | None, part: For, depth: int =
 def _check_for(file: RecipeFile, part: For) -> None:
     found = file.settings.get("for", For.TEXT)
     if found is not part:
-        option = {For.TEXT: "--quant", For.MMPROJ: "--mmproj"}
         raise UsageError(
             f"{file.origin}: a recipe for the {found.value} file",
             expected=f'one with for = "{part.value}"',
-            fix=f"give it with {option[found]}, or choose another",
+            fix=f"give it with {OPTION[found]}, or choose another",
         )
     if part is For.MMPROJ and (useless := [key for key in TEXT_ONLY if key in file.settings]):
         raise UsageError(
@@ -173,12 +175,18 @@ def _preset_name(name: str, part: For) -> str:
             return found + at + variant
         expected = " or ".join(f"{found}@{one}" for one in variants) or f"{found}, which has no variants"
         raise UsageError(f"unknown variant {name!r}", expected=expected, found=name)
-    close = difflib.get_close_matches(base.upper(), known, n=1)
+    other = For.TEXT if part is For.MMPROJ else For.MMPROJ
+    if base.upper() in map(str.upper, preset_names(other)):
+        fix = f"it is for the {other.value} file: give it with {OPTION[other]}, or choose another"
+    else:
+        close = difflib.get_close_matches(base.upper(), known, n=1)
+        fix = f"did you mean {known[close[0]]}? " if close else ""
+        fix += f"`gguf3n recipes list{' --mmproj' if part is For.MMPROJ else ''}` tells them all"
     raise UsageError(
         f"unknown quantization {name!r}" + (" of the mmproj file" if part is For.MMPROJ else ""),
         expected=", ".join(preset_names(part)) + ", or a recipe file ending in .toml",
         found=name,
-        fix=(f"did you mean {known[close[0]]}? " if close else "") + "`gguf3n recipes list` tells them all",
+        fix=fix,
     )
 
 

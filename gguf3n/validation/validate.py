@@ -19,7 +19,7 @@ from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
-from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
+from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, mmproj_part, text_part
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
@@ -137,13 +137,13 @@ def part_for(candidate: Candidate, source: Source) -> Part:
     try:
         keys = candidate.gguf.keys
     except GGUFError:  # the stages say what is wrong with it
-        return text_part(source)
+        return text_part(source, beside=ENCODERS)
 
     def says(name: str) -> bool:
         return name in keys and keys[name].value is True
 
     if Keys.General.ARCHITECTURE not in keys or keys[Keys.General.ARCHITECTURE].value != mmproj.ARCH:
-        return text_part(source)
+        return text_part(source, beside=ENCODERS)
     vision, audio = (says(f"clip.has_{what}_encoder") for what in ("vision", "audio"))
     neither = not vision and not audio  # a fault that the stages find
     return mmproj_part(source, vision=vision or neither, audio=audio or neither)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import gguf3n
+from gguf3n.conversion import plan_files
 from gguf3n.errors import ConfigError, Gguf3nError, MappingError, SourceError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import QType
@@ -364,20 +365,38 @@ def resized(end: str, *shape: int) -> Callable[[dict[str, SourceTensor]], None]:
 
 
 FAULTS: Mapping[str, tuple[Callable[[dict[str, SourceTensor]], None], str]] = {
-    "no towers": (dropped("vision", "audio"), "no vision tensors"),
+    "no towers": (
+        dropped("vision", "audio"),
+        "no vision or audio tensors: a model of text only.*\n.*\n.*leave --mmproj out",
+    ),
     "no audio": (dropped("audio_tower", "embed_audio"), "no audio tensors.*\n.*\n.*--no-audio"),
+    "an embedder without its tower": (
+        dropped("vision_tower"),
+        r"no vision tensors vision_tower\.\*.*\n.*\n.*--no-vision",
+    ),
+    "a tower without its embedder": (dropped("embed_audio"), r"no audio tensors embed_audio\.\*"),
     "a block in the middle": (dropped("blocks.2.1."), "block 2.1 of the vision tower is missing"),
     "a stage": (dropped("blocks.1."), "block 1.0 of the vision tower is missing"),
-    "the tower's end": (dropped("msfa.ffn.pw_proj.conv"), "'msfa.ffn.pw_proj.conv.weight' is missing"),
+    "the tower's end": (
+        dropped("msfa.ffn.pw_proj.conv"),
+        "tensor 'vision_tower.timm_model.msfa.ffn.pw_proj.conv.weight' is missing",
+    ),
     "a norm": (dropped("blocks.2.1.dw_start.bn"), "blocks.2.1.dw_start.bn.weight' is missing"),
-    "a conformer": (dropped("conformer.1.norm"), r"conformer.1.norm.weight' is missing"),
+    "a conformer": (
+        dropped("conformer.1.norm"),
+        r"conformer.1.norm.weight' is missing\n.*in a vision tower of \d+ blocks and an audio encoder of 2 layers",
+    ),
+    "a conformer's shape": (resized("conformer.1.norm.weight", 9), r"has the wrong shape\n.*a Gemma 3n of this config"),
     "half an embedder": (dropped("embed_vision.soft"), "embed_vision.soft_embedding_norm.weight' is missing"),
     "another tower": (renamed("timm_model.blocks", "vision_model.encoder.layers"), "the vision tower of another model"),
     "another block": (renamed("0.0.conv_exp", "0.0.conv"), "block 0.0 of the vision tower is none of MobileNet-V5's"),
     "an even kernel": (resized("blocks.0.0.conv_exp.weight", 32, 8, 4, 2), "has an even kernel"),
     "a kernel that is not square": (resized("1.1.dw_start.conv.weight", 32, 1, 1, 5), "has the wrong shape"),
     "a matrix for a kernel": (resized("1.1.pw_exp.conv.weight", 128, 32), "is no convolution"),
-    "a block too wide": (resized("0.1.conv_exp.weight", 32, 32, 3, 3), "does not fit the one before it"),
+    "a block too wide": (
+        resized("0.1.conv_exp.weight", 32, 32, 3, 3),
+        r"blocks 0\.0 and 0\.1 of the vision tower do not fit.*\n.*\n.*16 output channels of 0\.0, 32 input",
+    ),
     "a vector too long": (resized("conv_stem.bn.weight", 9), "conv_stem.bn.weight' has the wrong shape"),
     "a projection of other width": (
         resized("embed_vision.embedding_projection.weight", 128, 256),
@@ -400,7 +419,7 @@ def test_faulty_encoders(seeing: Path, fault: str) -> None:
     change, said = FAULTS[fault]
     with pytest.raises(SourceError, match=said) as error:
         mmproj_part(with_tensors(seeing, change))
-    assert error.value.expected
+    assert error.value.expected and error.value.fix
 
 
 def test_a_block_that_the_published_tower_lacks() -> None:
@@ -420,6 +439,16 @@ CONFIGS: Mapping[str, tuple[Callable[[dict[str, Any]], object], type[Gguf3nError
         lambda raw: raw["vision_config"].update(hidden_size=2048, architecture="mobilenetv4"),
         ConfigError,
         "another vision tower",
+    ),
+    "another net of a small width": (
+        lambda raw: raw["vision_config"].update(architecture="mobilenetv4"),
+        ConfigError,
+        "another vision tower.*\n.*\n.*mobilenetv4",
+    ),
+    "a net of no name": (
+        lambda raw: raw["vision_config"].update(architecture=["x"]),
+        ConfigError,
+        "another vision tower.*\n.*\n.*x",
     ),
     "a list": (lambda raw: raw.update(vision_config=[]), ConfigError, "vision_config is not an object"),
     "no width": (lambda raw: raw["vision_config"].update(hidden_size=0), ConfigError, "hidden_size is impossible"),
@@ -482,6 +511,15 @@ def test_faulty_processors(seeing: Path, tmp_path: Path, name: str, fault: str) 
         mmproj_part(gguf3n.read_source(copy))
 
 
+@pytest.mark.parametrize("height", [0, 256.0])
+def test_an_impossible_height(seeing: Path, tmp_path: Path, height: float) -> None:
+    copy = changed(seeing, tmp_path)
+    (copy / "processor_config.json").unlink()
+    micro.write_json(copy / "preprocessor_config.json", {"size": {"height": height}})
+    with pytest.raises(ConfigError, match=r"size\.height is impossible"):
+        mmproj_part(gguf3n.read_source(copy))
+
+
 def test_a_processor_that_is_too_large(seeing: Path, tmp_path: Path) -> None:
     copy = changed(seeing, tmp_path)
     (copy / "processor_config.json").write_bytes(b" " * (1 << 20) + b"{}")
@@ -492,8 +530,39 @@ def test_a_processor_that_is_too_large(seeing: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_of_text_only(make_checkpoint: Callable[..., Path], tiny_checkpoint: Path) -> None:
     with pytest.raises(SourceError, match="no vision_config: a model of text only has no mmproj file"):
         mmproj_part(gguf3n.read_source(make_checkpoint(layout="text-only")))
-    with pytest.raises(SourceError, match="no vision tensors"):
+    with pytest.raises(SourceError, match="no vision or audio tensors: a model of text only"):
         mmproj_part(gguf3n.read_source(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("wanted", [("vision",), ("vision", "audio"), ("audio",)])
+def test_what_llama_cpp_makes_of_the_audio_encoder(seeing: Path, wanted: tuple[str, ...]) -> None:
+    notices = mmproj_part(gguf3n.read_source(seeing), vision="vision" in wanted, audio="audio" in wanted).notices
+    assert any("does not load a file with an audio encoder alone" in each for each in notices) == (wanted == ("audio",))
+    assert any("does not run Gemma 3n's audio encoder" in each for each in notices) == (len(wanted) == 2)
+
+
+def test_what_the_same_run_writes_is_not_said_to_be_left_out(seeing: Path) -> None:
+    def said(**options: Any) -> set[str]:
+        plans = plan_files(gguf3n.read_source(seeing), gguf3n.parse_options("Q8_0", **options))
+        of_text = [notice for notice in plans[0].notices if "(--mmproj)" in notice]
+        return {notice.partition("tensors: ")[2].partition(":")[0] for notice in of_text}
+
+    everything = {"vision", "vision embedder", "audio", "audio embedder"}
+    assert said() == everything
+    assert said(mmproj="F16") == set()
+    assert said(mmproj="F16", audio=False) == {"audio", "audio embedder"}
+
+
+@pytest.mark.parametrize(
+    ("end", "types"), [("msfa.ffn.pw_proj.conv.weight", "F32"), ("1.1.dw_start.conv.weight", "BF16")]
+)
+def test_what_to_do_about_an_overflow(seeing: Path, end: str, types: str) -> None:
+    """A type that is then refused helps nobody."""
+    plan = gguf3n.plan(seeing, find_recipe("F16", For.MMPROJ))
+    (planned,) = (tensor for tensor in plan.tensors if tensor.slot.name.endswith(end))
+    assert planned.wider == f"use {types} for this tensor, as --mmproj lossless does"
+    rule = f"{planned.slot.name}={types}"
+    gguf3n.plan(seeing, find_recipe("F16", For.MMPROJ), tensor_types=[rule])
 
 
 def test_each_file_where_the_other_is_wanted(seeing: Path, tmp_path: Path) -> None:
@@ -510,14 +579,15 @@ def test_each_file_where_the_other_is_wanted(seeing: Path, tmp_path: Path) -> No
 
 def test_files_of_other_encoders(seeing: Path, tmp_path: Path) -> None:
     (written,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "mmproj.gguf", audio=False)
-    with pytest.raises(SourceError, match="no audio encoder"):
+    with pytest.raises(SourceError, match="no audio encoder") as error:
         mmproj_part(gguf3n.read_gguf(written.path), vision=False)
+    assert error.value.expected and error.value.fix
     change_tensor(written.path, "v.conv_stem.bn.weight", shape=(4, 2))
     with pytest.raises(MappingError, match="has the wrong shape"):
         mmproj_part(gguf3n.read_gguf(written.path))
     change_tensor(written.path, "v.conv_stem.bn.weight", shape=(8,))
     drop_tensors(written.path, "v.msfa.norm.weight")
-    with pytest.raises(MappingError, match=r"'v\.msfa\.norm\.weight' is missing"):
+    with pytest.raises(MappingError, match=r"'v\.msfa\.norm\.weight' is missing.*\n.*\n.*to do"):
         mmproj_part(gguf3n.read_gguf(written.path))
     set_key(written.path, "clip.vision.projector_type", VT.STRING, "gemma3")
     with pytest.raises(SourceError, match="the encoders of another model"):
@@ -552,8 +622,9 @@ def test_options_that_go_nowhere(seeing: Path) -> None:
         ({"quants": "Q8_0", "force_types": True}, "--force-types is for a file"),
         ({"mmproj": "F16", "ple": "Q8_0"}, "--ple is for a file that is not wanted"),
         ({"quants": "Q8_0", "tensor_types": ["v.msfa.*=F16"]}, "is for a file that is not wanted"),
-        ({"mmproj": "Q4_K_M"}, "unknown quantization 'Q4_K_M' of the mmproj file"),
-        ({"quants": "lossless"}, "unknown quantization 'lossless'"),
+        ({"mmproj": "Q4_K_M"}, "unknown quantization 'Q4_K_M' of the mmproj file(.*\n)*.*with --quant"),
+        ({"quants": "lossless"}, "unknown quantization 'lossless'(.*\n)*.*for the mmproj file: give it with --mmproj"),
+        ({"mmproj": "F17"}, "did you mean F16.*`gguf3n recipes list --mmproj`"),
         ({"quants": find_recipe("F16", For.MMPROJ)}, "a recipe for the mmproj file"),
         ({"mmproj": ["F16", "f16"]}, "twice"),
         ({}, "--mmproj NAME"),
