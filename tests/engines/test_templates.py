@@ -107,7 +107,8 @@ def test_one_process_for_all_chats(in_llama_cpp: Callable[[str], TemplateProcess
             processes = {id(templates._child)}
             assert {templates.render(CHAT) for _ in range(3)} == {said["chat without a system message"]}
             assert {id(templates._child)} == processes
-        for name, chat in CHATS.items():
+        plain = {name: chat for name, chat in CHATS.items() if "list" not in name}
+        for name, chat in plain.items():
             lines = "".join(f"{message['role']}: {message['content']}\n" for message in chat)
             assert said[name].split() == (begin + lines).split()
 
