@@ -61,7 +61,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     directory.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     yield directory
-    assert list(directory.iterdir()) == []
+    assert [path.name for path in directory.iterdir() if not path.name.startswith("torchinductor")] == []  # torch's own
 
 
 @pytest.fixture
