@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf.constants import Keys, LlamaFileType
 
-from gguf3n.errors import UsageError
+from gguf3n.errors import UsageError, shown
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.half import fits_f16
-from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
+from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
 from gguf3n.formats.rows import FLOAT_DTYPES, RowReader
-from gguf3n.formats.whole_file import check_output, check_space, make_directory
+from gguf3n.formats.whole_file import check_not_input, check_output, check_space, make_directory
 from gguf3n.gemma3n.gguf_types import types_by_storage
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
@@ -26,6 +26,7 @@ from gguf3n.pipeline import run
 from gguf3n.planning import Plan, linted, make_plan
 from gguf3n.progress import OnProgress
 from gguf3n.recipes import For, Keep, Recipe, extract_recipe, find_recipe, override
+from gguf3n.workers import check_threads
 
 PART_KINDS = {For.TEXT: PartKind.TEXT, For.MMPROJ: PartKind.MMPROJ}
 ENCODER_PATTERN = re.compile(r"(?:re:)?(?:v|a|mm)\\?\.")
@@ -45,7 +46,8 @@ class Conversion:
 class ConversionOptions:
     """What is wanted of a conversion, checked before a source is fetched or read; see `parse_options`.
 
-    `recipes` are those of the text model's files and then of the mmproj files.
+    `recipes` are those of the text model's files and then of the mmproj files. `inputs` are files that were read for
+    them, beside the source.
     """
 
     recipes: tuple[Recipe, ...]
@@ -56,6 +58,7 @@ class ConversionOptions:
     vision: bool = True
     audio: bool = True
     force_types: bool = False
+    inputs: tuple[str | Path, ...] = ()
 
 
 def parse_options(
@@ -78,7 +81,7 @@ def parse_options(
     """The options of a command line or a call as one checked value.
 
     Args:
-        quants: one quantization or several: a name such as "Q8_0", a recipe file ending in .toml, or a Recipe. None
+        quants: one quantization or several: a name such as "Q8_0", a recipe file ending in .toml, or a Recipe. Nothing
             where only the mmproj file is wanted.
         output: a file name ending in .gguf (for one quantization), a directory, or None for NAME-TYPE.gguf here.
         mmproj: the same of the mmproj file with the vision and audio encoders; none is written without.
@@ -97,6 +100,7 @@ def parse_options(
     Raises: UsageError for names or options that can't be used; GGUFError, HubError for a file to be like; GGUFError for
         the importance matrix.
     """
+    check_threads(threads)
     texts = [*_recipes(quants, For.TEXT), *map(read_recipe, like)]
     encoders = _recipes(mmproj, For.MMPROJ)
     if not texts and not encoders:
@@ -116,13 +120,17 @@ def parse_options(
     recipes += [override(recipe, tensor_types=of_encoders) for recipe in encoders]
     output = None if output is None else Path(output)
     output_paths([PART_KINDS[recipe.part].value.format(name="NAME", quant=recipe.name) for recipe in recipes], output)
-    matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
-    return ConversionOptions(tuple(recipes), output, matrix, threads, force, vision, audio, force_types)
+    matrix = as_imatrix(imatrix)
+    inputs = (*like, *(() if matrix is None else (matrix.path,)))
+    return ConversionOptions(tuple(recipes), output, matrix, threads, force, vision, audio, force_types, inputs)
 
 
 def _recipes(named: str | Recipe | Sequence[str | Recipe], part: For) -> list[Recipe]:
     """Recipes for one of the files. Raises: UsageError for one that is unknown or for the other."""
-    each = [named] if isinstance(named, str | Recipe) else list(named)
+    each = [named] if isinstance(named, str | Recipe) or not isinstance(named, Iterable) else list(named)
+    for name in each:
+        if not isinstance(name, str | Recipe):
+            raise UsageError("not a quantization", expected="its name, or a Recipe", found=shown(name))
     recipes = [find_recipe(name, part) if isinstance(name, str) else name for name in each]
     for recipe in recipes:
         if recipe.part is not part:
@@ -313,13 +321,21 @@ def convert(
     )
     opened = source if isinstance(source, Source) else read_source(source, revision=revision)
     plans = plan_files(opened, options)
-    return write(plans, options.output, threads=options.threads, force=options.force, progress=progress)
+    return write(
+        plans,
+        options.output,
+        inputs=options.inputs,
+        threads=options.threads,
+        force=options.force,
+        progress=progress,
+    )
 
 
 def write(
     plans: Sequence[Plan],
     output: str | Path | None = None,
     *,
+    inputs: Sequence[str | Path] = (),
     threads: int | None = None,
     force: bool = False,
     progress: OnProgress | None = None,
@@ -328,15 +344,19 @@ def write(
 
     Args:
         output, threads, force: as for `parse_options`.
+        inputs: files that are not to be replaced, beside those of the sources.
         progress: called about ten times a second.
 
     Raises: UsageError, SourceError or a class below it, QuantizationError, OutputError, Interrupted. No file stands
         under its final name unless all are complete.
     """
+    check_threads(threads)
     if not plans:
         raise UsageError("nothing to write", expected="one plan or more", found="none")
     paths = output_paths([plan.part.file_name(plan.recipe.name) for plan in plans], output)
+    sources = {file for plan in plans for file in plan.part.source.files}
     for path in paths:
+        check_not_input(path, *inputs, *sources)
         make_directory(path.parent)
         check_output(path, force=force)
     check_space(paths[0], sum(plan.total_bytes for plan in plans))

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
+from gguf3n.errors import UsageError, shown
+
 PROGRESS_SECONDS = 0.1
 
 
@@ -24,6 +26,12 @@ def default_threads() -> int:
     # measured: E2B to Q8_0 with nothing cached, 2 processors: 15.8 s with 2 workers, 14.7 s with 4 (means of 2)
     """
     return processors() + 2
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises: UsageError for a number of workers that there can't be."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError("threads: not a number of workers", expected="1 or more", found=shown(threads))
 
 
 def run_workers(loop: Callable[[], None], threads: int, stop: threading.Event, report: Callable[[], None]) -> None:

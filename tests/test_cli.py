@@ -141,6 +141,11 @@ def existing(directory: Path) -> Path:
     return good(directory)
 
 
+def a_pipe(directory: Path) -> Path:
+    os.mkfifo(directory / "source")
+    return directory / "source"
+
+
 def below_a_file(directory: Path) -> Path:
     (directory / "file").write_text("mine")
     return good(directory)
@@ -165,6 +170,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], int, str, tuple[st
     "type of the token table": (good, (*Q8, "--token-embd", "Q7"), 2, "UsageError", ("'Q7'", "--token-embd")),
     "revision of a directory": (good, (*Q8, "--revision", "main"), 2, "UsageError", ("--revision", "local path")),
     "no such directory": (named("nowhere"), Q8, 3, "SourceError", ("nowhere: no such directory",)),
+    "a pipe": (a_pipe, Q8, 3, "SourceError", ("source: not a directory",)),
     "name too long": (named("x" * 5000), Q8, 3, "SourceError", ("no such directory",)),
     "file for a source": (
         lambda directory: good(directory) / "config.json",

@@ -242,6 +242,10 @@ def test_merge(run: Run, tmp_path: Path) -> None:
     expected = merge_imatrices([read_imatrix(path) for path in paths])
     assert read_imatrix(tmp_path / "m.gguf").datasets == expected.datasets
     assert run("imatrix", "merge", *paths, "-o", "m.gguf")[0] == OutputError.exit_code
+    merged = (tmp_path / "m.gguf").read_bytes()
+    code, _, err = run("imatrix", "merge", *paths, "m.gguf", "-o", "m.gguf", "--force")
+    assert code == OutputError.exit_code and "is what is read" in err
+    assert (tmp_path / "m.gguf").read_bytes() == merged
     out = run("imatrix", "merge", paths[-1], "-o", "m.gguf", "--ctx", "64", "--force", "--json")[1]
     assert json.loads(out)["chunk_size"] == 64
     out = run("imatrix", "show", paths[-1])[1]

@@ -612,8 +612,11 @@ def test_several_files_must_fit_the_disk_together(
         ("Q9_9", None, "unknown quantization 'Q9_9'"),
         (["Q8_0", "q8_0"], None, "the same quantization twice"),
         (["Q8_0", "F16"], "x.gguf", "one file name for 2 quantizations"),
+        (5, None, "not a quantization"),
+        ([None], None, "not a quantization"),
+        (b"Q8_0", None, "not a quantization"),
     ],
-    ids=["none", "unknown", "twice", "one-file-for-two"],
+    ids=["none", "unknown", "twice", "one-file-for-two", "number", "nothing", "bytes"],
 )
 def test_a_request_that_cannot_be_met(
     source: Path,
@@ -628,6 +631,12 @@ def test_a_request_that_cannot_be_met(
         gguf3n.convert(source, quants, output)
     assert caught.value.exit_code == 2
     assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("threads", [0, -3, 1.5])
+def test_a_number_of_workers_that_there_can_not_be(source: Path, threads: Any) -> None:
+    with pytest.raises(UsageError, match="not a number of workers"):
+        gguf3n.convert(source, "F16", threads=threads)
 
 
 def test_where_files_go(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

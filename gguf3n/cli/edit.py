@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +12,9 @@ from gguf3n.cli import options
 from gguf3n.cli.console import print_json
 from gguf3n.cli.paint import cut, line_width, paint, say
 from gguf3n.cli.repair import HOW, WOULD
-from gguf3n.errors import OutputError, UsageError
+from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import open_part
 from gguf3n.formats.small_file import MAX_OPERATIONS_BYTES, MAX_VALUE_BYTES, parse_json, read_small, read_text
-from gguf3n.formats.whole_file import write_whole
 from gguf3n.inspection.edit import Edit, guessed_type, parse_value, type_of
 from gguf3n.inspection.edit import edit as run_edit
 
@@ -61,13 +58,7 @@ def edit(
         operations.append(_set(f"{Keys.Tokenizer.CHAT_TEMPLATE}:string", _read(chat_template), types))
     if not operations:
         raise UsageError("nothing to change", fix="give --set, --unset, --rename, --chat-template or --apply")
-    if undo_file is not None and os.path.exists(undo_file):
-        raise OutputError(f"{undo_file} exists already", fix="choose another name for --undo-file")
-    result = run_edit(file, operations, output=output, dry_run=True)
-    if not dry_run:
-        if undo_file is not None:
-            write_whole(undo_file, json_format.dumps(result.undo, indent=1), force=False)
-        result = run_edit(file, operations, output=output)
+    result = run_edit(file, operations, output=output, undo_file=undo_file, dry_run=dry_run)
     if json:
         print_json(_as_json(result, dry_run=dry_run))
         return

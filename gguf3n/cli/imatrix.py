@@ -21,7 +21,7 @@ from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chun
 from gguf3n.engines.reference import check_device
 from gguf3n.errors import Interrupted, UsageError
 from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-from gguf3n.formats.whole_file import check_output
+from gguf3n.formats.whole_file import check_not_input, check_output
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.part import text_part
 from gguf3n.gemma3n.source import open_checkpoint
@@ -88,12 +88,14 @@ def measure(
         raise UsageError(
             f"{source}: a file", expected="a checkpoint directory, or a Hub id", fix="for a GGUF file use llama-imatrix"
         )
+    check_not_input(output, *text)  # not of --merge: to go on in one file is what is advised below
     _check_output(output, force=force)
     earlier = [read_imatrix(path) for path in merge or ()]
     _check_ctx(earlier, ctx)
     read_texts(text)
     check_device(device, dtype)
     checkpoint = open_checkpoint(read_source(source, revision=revision, show_progress=not quiet))
+    check_not_input(output, *checkpoint.files)
     if earlier:
         part = text_part(checkpoint)
         for imatrix in earlier:
@@ -209,6 +211,7 @@ def merge(
     force: options.Force = False,
 ) -> None:
     """Add several importance matrices, as if their texts had been measured together; .dat files become GGUF."""
+    check_not_input(output, *files)
     _check_output(output, force=force)
     merged = merge_imatrices([read_imatrix(path) for path in files], chunk_size=ctx)
     write_imatrix(merged, output, force=force)

@@ -13,8 +13,9 @@ from gguf3n.cli.paint import filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
+from gguf3n.formats.whole_file import check_not_input
 from gguf3n.validation.candidate import Candidate
-from gguf3n.validation.options import N_CTX, N_TOKENS, parse_stages, parse_validation
+from gguf3n.validation.options import MIN_TOKENS, N_CTX, N_TOKENS, parse_stages, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Verdict
 from gguf3n.validation.stages import STAGES
@@ -34,8 +35,10 @@ def validate(
     stages: options.Stages = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text for the logits.", show_default="a built-in one")] = None,
-    tokens: Annotated[int, typer.Option(min=4, help="How many of its tokens; half of them are scored.")] = N_TOKENS,
-    ctx: Annotated[int, typer.Option(min=4, help="Tokens read at a time.")] = N_CTX,
+    tokens: Annotated[
+        int, typer.Option(min=MIN_TOKENS, help="How many of its tokens; half of them are scored.")
+    ] = N_TOKENS,
+    ctx: Annotated[int, typer.Option(min=MIN_TOKENS, help="Tokens read at a time.")] = N_CTX,
     server: Annotated[
         str | None, typer.Option(help="Address of a llama-server that has loaded FILE, to ask it for the logits.")
     ] = None,
@@ -69,6 +72,8 @@ def validate(
         if value is not None and not set(users) & set(chosen):
             option, names = f"--{name.replace('_', '-')}", " or ".join(stage.value for stage in users)
             raise UsageError(f"{option} without the stage {names}", fix=f"add {names} to --stages")
+    for written in filter(None, (report, save_reference)):
+        check_not_input(written, file, text)
     if report is not None:
         check_report(report, force=force)
     check_file(file)

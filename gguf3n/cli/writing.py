@@ -124,7 +124,14 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         _show(plans, conversion, wanted, result)
         return
     with progress_bar(quiet=wanted.quiet) as progress:
-        written = write(plans, conversion.output, threads=conversion.threads, force=conversion.force, progress=progress)
+        written = write(
+            plans,
+            conversion.output,
+            inputs=conversion.inputs,
+            threads=conversion.threads,
+            force=conversion.force,
+            progress=progress,
+        )
     if not wanted.json:
         _print_written(written)
     validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)

@@ -24,7 +24,7 @@ from gguf3n.formats.byte_source import HeaderInMemory, LocalFile, stamp
 from gguf3n.formats.gguf_layout import ALIGNMENT, MAGIC, GGUFValueType, KeyValue, QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, read_header
 from gguf3n.formats.gguf_writer import GGUFWriter, Layout, pack_string, pack_value
-from gguf3n.formats.whole_file import check_output, output_error
+from gguf3n.formats.whole_file import check_output, lock, output_error
 
 COPY_BYTES = 1 << 22
 SECTOR_BYTES = 512
@@ -82,6 +82,7 @@ class Draft:
         self._old_tensors = tuple(self.tensors)
         self.relaid = False
         """Whether the tensors are to be placed anew although they are the same."""
+        self._patching = False
 
     def names(self) -> list[str]:
         return [name for name, _ in self.packed]
@@ -208,15 +209,24 @@ class Draft:
 
     def _check_unchanged(self, path: Path) -> None:
         """Why: another run may have changed the file since its header was read, and its change would be lost."""
-        part = self.gguf.parts[0]
-        if isinstance(part, LocalFile) and stamp(path) != part.stamp:
+        if self._has_changed(path):
             raise OutputError(f"{path}: changed by another program since it was read", fix="run the command again")
+
+    def _has_changed(self, path: Path) -> bool:
+        part = self.gguf.parts[0]
+        return isinstance(part, LocalFile) and stamp(path) != part.stamp
+
+    @property
+    def partly_saved(self) -> bool:
+        """After `save` has failed: whether some of the changes are in the file."""
+        return self._patching and self._has_changed(self.gguf.path)
 
     def _save(self, path: Path, output: Path | None) -> str:
         if output is None:
             check_output(path, force=True)
         patches = self.patches()
         if output is None and patches is not None and not path.is_symlink() and path.stat().st_nlink == 1:
+            self._patching = True
             _patch(path, patches)
             return "in place"
         self._copy(path, output or path, force=output is None)
@@ -252,13 +262,11 @@ def _readable(path: Path) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """While others of us wait; not on Windows, where a file that is open can't be replaced."""
-    try:
-        import fcntl
-    except ImportError:
+    if os.name == "nt":
         yield
         return
     with open(path, "rb") as file:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        lock(file.fileno(), wait=True)
         yield
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.errors import GGUFError, UsageError
+from gguf3n.errors import GGUFError, UsageError, shown
 from gguf3n.formats.gguf_layout import MAGIC, GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_reader import GGUFFile, GGUFTensor, open_gguf
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
@@ -92,6 +92,15 @@ def chunk_count(entries: Iterable[Entry], chunk_size: int) -> int:
     return int(max((entry.counts.max() for entry in entries), default=0)) // chunk_size
 
 
+def as_imatrix(given: str | Path | ImportanceMatrix | None) -> ImportanceMatrix | None:
+    """A matrix that is given itself or by its file. Raises: UsageError; as `read_imatrix`."""
+    if given is None or isinstance(given, ImportanceMatrix):
+        return given
+    if not isinstance(given, str | Path):
+        raise UsageError("not an importance matrix", expected="a file or an ImportanceMatrix", found=shown(given))
+    return read_imatrix(given)
+
+
 def merge_imatrices(imatrices: Sequence[ImportanceMatrix], *, chunk_size: int | None = None) -> ImportanceMatrix:
     """Sums and counts of several files added, as if their texts had been measured together.
 
@@ -100,8 +109,10 @@ def merge_imatrices(imatrices: Sequence[ImportanceMatrix], *, chunk_size: int | 
 
     Exact: as llama-imatrix adds several `--in-file`, float32 additions in this order.
 
-    Raises: UsageError: files that were made for different models, or with chunks of different sizes.
+    Raises: UsageError: no files, or such as were made for different models or with chunks of different sizes.
     """
+    if not imatrices:
+        raise UsageError("no importance matrix to merge", expected="one or more", found="none")
     sizes = {imatrix.chunk_size: imatrix.path for imatrix in imatrices if imatrix.chunk_size}
     if len(sizes) > 1:
         raise UsageError(

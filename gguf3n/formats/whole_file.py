@@ -23,7 +23,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class WholeFile:
             mode = 0o666 if self._replaced is None else 0o600
             self._file = open(self.temporary, "xb", opener=partial(os.open, mode=mode))  # noqa: SIM115 (until commit)
             try:
-                _lock(self._file.fileno())
+                lock(self._file.fileno())
             except BaseException:
                 self.discard()
                 raise
@@ -123,9 +123,9 @@ class WholeFile:
                 _give_rights(self.temporary, self._replaced)
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self.temporary, self.path)
-            self._has_name = True
-            _sync_directory(self.path.parent)
+            with _synced_directory(self.path.parent):
+                os.replace(self.temporary, self.path)
+                self._has_name = True
         except OSError as error:
             raise output_error(self.path, error) from error
 
@@ -166,14 +166,17 @@ def _names(directory: Path) -> Iterator[str]:
         return  # whoever writes there next says what is wrong
 
 
-def _lock(descriptor: int) -> None:
-    """Until the file is closed or the process ends. Why nothing on Windows: there an open file can't be removed."""
+def lock(descriptor: int, *, wait: bool = False) -> None:
+    """Until the file is closed or the process ends. Why nothing on Windows: there an open file can't be removed.
+
+    Raises: OSError: another has it, and `wait` is not set.
+    """
     try:
         import fcntl
     except ImportError:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):  # file systems without locks
             raise
@@ -198,16 +201,24 @@ def _give_rights(path: Path, rights: os.stat_result) -> None:
     path.chmod(stat.S_IMODE(rights.st_mode))
 
 
-def _sync_directory(directory: Path) -> None:
-    """Why not on Windows: a directory can't be opened there, and a rename is kept by itself."""
+@contextmanager
+def _synced_directory(directory: Path) -> Iterator[None]:
+    """Has the disk take what is renamed meanwhile.
+
+    Why opened before: where that can't be done, nothing has its new name yet. Why not on Windows: a directory can't be
+    opened there, and a rename is kept by itself.
+    """
     if os.name == "nt":
+        yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not know how
-            raise
+        yield
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not know how
+                raise
     finally:
         os.close(descriptor)
 
@@ -227,7 +238,7 @@ def check_output(path: Path, *, force: bool) -> None:
         raise output_error(path, error) from error
     if found is not None and stat.S_ISDIR(found.st_mode):
         raise OutputError(f"{path} is a directory", expected="a file name", fix="name a file in it")
-    if found is not None and not force:
+    if (found is not None or path.is_symlink()) and not force:  # a link to nothing is somebody's, too
         raise OutputError(f"{path} exists already", fix="add --force to replace it or choose another name")
     if found is not None and not found.st_mode & stat.S_IWUSR:
         raise OutputError(f"{path} is read-only", fix="make it writable to replace it, or choose another name")
@@ -235,6 +246,22 @@ def check_output(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path}: there is no directory {path.parent}", fix="make it, or choose another place")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {path.parent}", fix="choose another place")
+    if not os.access(path.parent, os.R_OK):
+        raise OutputError(
+            f"no permission to read {path.parent}, without which a new name can't be synced", fix="choose another place"
+        )
+
+
+def check_not_input(path: Path, *inputs: str | Path | None) -> None:
+    """Refuse an output that is one of the files that are read, by whatever name, also where files may be replaced.
+
+    Args:
+        inputs: what has been named; what is no local file can't be overwritten.
+    """
+    for given in inputs:
+        with suppress(OSError, ValueError):
+            if given is not None and os.path.samefile(path, given):
+                raise OutputError(f"{path} is what is read", fix="choose another name for the output")
 
 
 def _status(path: Path) -> os.stat_result | None:

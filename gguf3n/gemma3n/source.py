@@ -18,7 +18,7 @@ from gguf3n.errors import SourceError, UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_reader import SPLIT_NAME, GGUFFile, open_gguf
 from gguf3n.formats.hub import fetch_checkpoint, fetch_tensor_table, is_repo_id
-from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, stored_tensors
+from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, Stored, stored_tensors
 from gguf3n.formats.small_file import check_checkpoint_files, check_permission
 from gguf3n.gemma3n.config import Config, load_config, parse_config
 from gguf3n.gemma3n.tokenizer import Vocabulary, read_vocabulary
@@ -41,6 +41,12 @@ class Source:
     name: str
     tensors: Mapping[str, SourceTensor]
     notices: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> set[Path]:
+        """Those that its weights are in."""
+        stored = (rows for tensor in self.tensors.values() for rows in tensor.rows if isinstance(rows, Stored))
+        return {self.path, *(Path(rows.file_name) for rows in stored)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,7 @@ def open_source(
     if not os.path.isdir(path):
         check_permission(path, SourceError)
         raise SourceError(
-            f"{path}: no such directory",
+            f"{path}: not a directory" if os.path.lexists(path) else f"{path}: no such directory",
             expected="a directory with a Hugging Face checkpoint, or a Hub id like google/gemma-3n-E4B-it",
         )
     check_checkpoint_files(path)

@@ -13,17 +13,21 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gguf3n.errors import UsageError, shown
+from gguf3n.errors import OutputError, UsageError, shown
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFKey, open_part
+from gguf3n.formats.gguf_writer import pack_string
+from gguf3n.formats.whole_file import check_output, write_whole
 
 TYPES: Mapping[str, GGUFValueType] = {
     kind.name.lower(): kind for kind in GGUFValueType if kind is not GGUFValueType.ARRAY
@@ -44,16 +48,25 @@ class Edit:
 
 
 def edit(
-    path: str | Path, operations: Iterable[Operation], *, output: str | Path | None = None, dry_run: bool = False
+    path: str | Path,
+    operations: Iterable[Operation],
+    *,
+    output: str | Path | None = None,
+    undo_file: str | Path | None = None,
+    dry_run: bool = False,
 ) -> Edit:
     """Change a file's keys, one operation after another.
 
     Args:
         output: write another file; the default is the file itself, see `Draft.save`.
+        undo_file: a new file for `undo`, as JSON. It is there before a byte is changed.
 
     Raises: UsageError for an operation that can't be carried out; GGUFError; OutputError. Nothing is written then.
     """
-    path = Path(path)
+    path, output = Path(path), None if output is None else Path(output)
+    undo_file = None if undo_file is None else Path(undo_file)
+    if undo_file is not None:
+        _check_undo_file(undo_file, output)
     draft = Draft(open_part(path))
     changes: list[str] = []
     undo: list[dict[str, Any]] = []
@@ -65,12 +78,41 @@ def edit(
     if dry_run:
         how = "unchanged" if not draft.changed else "copied" if draft.patches() is None else "in place"
     else:
-        how = draft.save(None if output is None else Path(output))
+        with _kept(undo, undo_file, draft):
+            how = draft.save(output)
     return Edit(path, tuple(changes), how, tuple(undo))
+
+
+def _check_undo_file(undo_file: Path, output: Path | None) -> None:
+    """Raises: OutputError."""
+    if output is not None and os.path.abspath(undo_file) == os.path.abspath(output):
+        raise OutputError(f"{undo_file}: the output and what undoes it", fix="choose another name for one of them")
+    if os.path.lexists(undo_file):  # check_output would advise --force
+        raise OutputError(f"{undo_file} exists already", fix="choose another name for --undo-file")
+    check_output(undo_file, force=False)
+
+
+@contextmanager
+def _kept(undo: list[dict[str, Any]], undo_file: Path | None, draft: Draft) -> Iterator[None]:
+    """Write what undoes a draft before it is saved; remove it where nothing of the draft was. Raises: OutputError."""
+    if undo_file is None:
+        yield
+        return
+    write_whole(undo_file, json.dumps(undo, indent=1), force=False)
+    try:
+        yield
+    except BaseException:
+        if not draft.partly_saved:
+            undo_file.unlink(missing_ok=True)
+        raise
 
 
 def _apply(draft: Draft, operation: Operation) -> tuple[str, dict[str, Any]]:
     """Carry out one operation on the draft; what it did, and its reverse."""
+    if not isinstance(operation, Mapping):
+        raise UsageError(
+            "not an operation", expected='as in {"op": "unset", "key": "general.name"}', found=shown(operation)
+        )
     name, names = _field(operation, "key", str), draft.names()
     op = operation.get("op")
     if op not in ("set", "unset", "rename", "restore"):
@@ -93,7 +135,12 @@ def _apply(draft: Draft, operation: Operation) -> tuple[str, dict[str, Any]]:
             packed = base64.b64decode(_field(operation, "packed", str), validate=True)
         except ValueError as error:
             raise UsageError(f"restore {name}: not base64", found=str(error)) from error
-        draft.put(name, packed, _field(operation, "index", int))
+        place = _field(operation, "index", int)
+        if not packed.startswith(pack_string(name)) or not 0 <= place <= len(names):
+            raise UsageError(
+                f"restore {name}: not what an undo has", expected="that key's bytes, and a place among the keys"
+            )
+        draft.put(name, packed, place)
         return f"restore {name}", before or {"op": "unset", "key": name}
     key = make_key(name, _field(operation, "type", str), operation.get("value"))
     draft.set(key)
@@ -108,7 +155,17 @@ def _field(operation: Operation, name: str, kind: type) -> Any:
     value = operation.get(name)
     if type(value) is not kind or (value == "" and name == "key"):
         raise UsageError(f"an operation without {name!r}", expected=kind.__name__, found=shown(dict(operation)))
+    if isinstance(value, str):
+        _check_encodable(value, name)
     return value
+
+
+def _check_encodable(text: str, what: str) -> None:
+    """Why: half of a surrogate pair, or a command line's bytes that are no text, would be written as "?"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what}: not a text", expected="UTF-8", found=shown(text)) from error
 
 
 def _shown(key: KeyValue) -> str:
@@ -178,5 +235,7 @@ def _scalar(name: str, kind: str, value: Any) -> Scalar:
         value = float(value) if right else value
     if not right:
         raise UsageError(f"{name}: not a {kind}", found=shown(value))
+    if isinstance(value, str):
+        _check_encodable(value, name)
     result: Scalar = value
     return result

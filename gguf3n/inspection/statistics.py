@@ -40,7 +40,7 @@ from gguf3n.formats.rows import DTYPE_BYTES, FLOAT_DTYPES, Chunk, RowReader, Sou
 from gguf3n.gemma3n.source import Source, open_source
 from gguf3n.inspection.network import Kind, Place, kind, place
 from gguf3n.progress import Meter, OnProgress
-from gguf3n.workers import default_threads, run_workers
+from gguf3n.workers import check_threads, default_threads, run_workers
 
 HISTOGRAM_WEIGHTS = 1 << 18
 """Of one chunk of a 16-bit type.
@@ -280,6 +280,7 @@ def measure_statistics(
         raise UsageError(
             f"{source}: statistics need every weight", expected="a local file", fix="download the file first"
         )
+    check_threads(threads)
     opened = open_source(source, revision=revision, show_progress=show_progress)
     readable, skipped = [], []
     for tensor in sorted(opened.tensors.values(), key=lambda tensor: place(tensor.name).rank):

@@ -35,7 +35,7 @@ from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.logprobs import SavedLogprobs, open_logprobs, rows_bytes, scored_positions, write_logprobs
-from gguf3n.formats.whole_file import check_output, check_space
+from gguf3n.formats.whole_file import check_not_input, check_output, check_space
 from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.part import Part
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
@@ -241,6 +241,8 @@ def prepare_logits(
     if saved is None and isinstance(reference, Checkpoint):
         check_device(options.device, options.dtype)
     if options.save_reference is not None:
+        matrix = None if options.imatrix is None else options.imatrix.path
+        check_not_input(options.save_reference, candidate.path, *reference.files, options.text_model, matrix)
         check_output(options.save_reference, force=options.force)
     running = None if options.server is None else LlamaServer(options.server)
     candidate.gguf.check()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf3n.errors import UsageError
-from gguf3n.formats.imatrix import ImportanceMatrix, read_imatrix
+from gguf3n.errors import UsageError, shown
+from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
 from gguf3n.validation.result import Stage
+from gguf3n.workers import check_threads
 
 N_TOKENS = 1024
 """Read by both engines unless told otherwise; half of them are scored."""
 N_CTX = 512
+MIN_TOKENS = 4
+"""Of a text, and of what is read at a time."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def parse_validation(
     """
     if save_reference is not None and use_reference is not None:
         raise UsageError("--save-reference and --use-reference exclude each other", fix="leave one of them out")
+    check_threads(threads)
+    for name, value in (("n_tokens", n_tokens), ("n_ctx", n_ctx)):
+        if type(value) is not int or value < MIN_TOKENS:
+            raise UsageError(f"{name}: not a number of tokens", expected=f"{MIN_TOKENS} or more", found=shown(value))
     return ValidationOptions(
         parse_stages(stages),
         text,
@@ -82,7 +89,7 @@ def parse_validation(
         dtype,
         None if save_reference is None else Path(save_reference),
         None if use_reference is None else Path(use_reference),
-        read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix,
+        as_imatrix(imatrix),
         threads,
         force,
     )
@@ -93,6 +100,10 @@ def parse_stages(stages: str | Collection[Stage | str] | None) -> tuple[Stage, .
     if stages is None:
         return tuple(Stage)
     known = {stage.value: stage for stage in Stage}
+    if isinstance(stages, Stage):
+        stages = (stages,)
+    if not isinstance(stages, Iterable):
+        raise UsageError("not stages", expected=", ".join(known), found=shown(stages))
     named = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
     texts = [name.value if isinstance(name, Stage) else str(name) for name in named]
     for name in texts:

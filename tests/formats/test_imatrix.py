@@ -154,6 +154,8 @@ def test_what_does_not_belong_together_is_not_added() -> None:
         merge_imatrices([matrix(0), matrix(1, chunk_size=128)])
     with pytest.raises(UsageError, match=r"blk\.0\.attn_q"):
         merge_imatrices([matrix(0), matrix(1, n=64)])
+    with pytest.raises(UsageError, match="no importance matrix"):
+        merge_imatrices([])
 
 
 def test_chunks() -> None:

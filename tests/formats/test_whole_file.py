@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gguf3n
@@ -19,8 +21,9 @@ from gguf3n.errors import CheckpointError, GGUFError, OutputError
 from gguf3n.formats import gguf_draft, gguf_writer, whole_file
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_writer import GGUFWriter, lay_out
+from gguf3n.formats.imatrix import Entry
 from gguf3n.formats.rows import RowReader
-from gguf3n.formats.whole_file import MAX_NAME_BYTES, WholeFile, write_whole
+from gguf3n.formats.whole_file import MAX_NAME_BYTES, WholeFile, check_not_input, check_output, write_whole
 from tests import micro
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="rights and locks of POSIX")
@@ -250,6 +253,79 @@ def test_two_edits_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OutputError, match="changed by another program"):
         gguf3n.edit(done.path, [{"op": "set", "key": "general.description", "type": "string", "value": value}])
     assert gguf3n.open_gguf(done.path).value("general.name") == name[::-1]
+
+
+@POSIX
+def test_a_directory_that_can_not_be_opened_gets_no_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_open = os.open
+
+    def refuse(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, flags, mode)
+
+    monkeypatch.setattr(whole_file.os, "open", refuse)
+    with pytest.raises(OutputError, match="no permission"):
+        write_whole(tmp_path / "x", "text", force=False)
+    assert not os.listdir(tmp_path)
+
+
+@POSIX
+def test_a_directory_that_can_not_be_read_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what rights of 0300 are to any but root
+    monkeypatch.setattr(whole_file.os, "access", lambda _, mode: not mode & os.R_OK)
+    with pytest.raises(OutputError, match="no permission to read"):
+        check_output(tmp_path / "x", force=False)
+
+
+@POSIX
+def test_a_link_to_nothing_is_not_replaced(tmp_path: Path) -> None:
+    link = tmp_path / "x"
+    link.symlink_to("nowhere")
+    with pytest.raises(OutputError, match="exists already"):
+        write_whole(link, "text", force=False)
+    assert os.readlink(link) == "nowhere"
+    write_whole(link, "text", force=True)
+    assert not link.is_symlink() and link.read_text() == "text"
+
+
+@POSIX
+def test_an_output_that_is_read_is_refused_by_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("text")
+    (tmp_path / "link").symlink_to(path)
+    for name in (path, tmp_path / "link", tmp_path / "." / "x"):
+        with pytest.raises(OutputError, match="is what is read"):
+            check_not_input(name, None, "https://example.org/x", "org/name:Q8_0", "a\0b", tmp_path, str(path))
+    check_not_input(tmp_path / "y", path, tmp_path / "z")
+
+
+def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
+    (done,) = gguf3n.convert(micro.make(tmp_path / "source"), "F16", tmp_path / "f16.gguf")
+    matrix = tmp_path / "m.gguf"
+    entry = Entry(np.ones((1, 64), np.float32), np.ones(1, np.float32))
+    gguf3n.write_imatrix(gguf3n.ImportanceMatrix(matrix, {"blk.0.attn_q.weight": entry}, chunk_size=512), matrix)
+    before = {path: path.read_bytes() for path in (done.path, matrix)}
+    with pytest.raises(OutputError, match="is what is read"):
+        gguf3n.convert(done.path, "Q8_0", done.path, force=True)
+    with pytest.raises(OutputError, match="is what is read"):
+        gguf3n.convert(done.path, "Q8_0", matrix, imatrix=matrix, force=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@POSIX
+def test_a_file_is_edited_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (done,) = gguf3n.convert(micro.make(tmp_path / "source"), "F16", tmp_path)
+    gguf3n.edit(done.path, [{"op": "set", "key": "general.name", "type": "string", "value": "source"[::-1]}])
+    assert gguf3n.open_gguf(done.path).value("general.name") == "source"[::-1]
 
 
 def test_a_directory_that_can_not_be_synced_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib
 import json
 import os
 import random
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from gguf3n.formats.gguf_draft import Draft, DraftTensor
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import KeyValue, QType
 from gguf3n.formats.gguf_reader import open_gguf, open_part
+from gguf3n.formats.gguf_writer import pack_string
 from gguf3n.gemma3n.config import MAX_LAYERS
+from gguf3n.inspection import edit as edit_module
 from gguf3n.inspection.edit import edit
 from gguf3n.inspection.lint import lint
 from gguf3n.inspection.repair import repair
@@ -257,6 +261,62 @@ def test_many_edits_and_their_undo(copy: Path) -> None:
         assert copy.read_bytes() == before
 
 
+def packed_key(name: str) -> str:
+    """What an undo has of a key that is 1, in eight bits."""
+    return base64.b64encode(pack_string(name) + struct.pack("<IB", VT.UINT8, 1)).decode()
+
+
+def test_an_undo_that_was_not_needed_is_not_left(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undo, before = tmp_path / "undo.json", copy.read_bytes()
+
+    def fail(*_: object) -> str:
+        assert undo.exists()
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Draft, "_save", fail)
+        with pytest.raises(OutputError, match="full"):
+            edit(copy, OPERATIONS[:1], undo_file=undo)
+    assert not undo.exists() and copy.read_bytes() == before
+    result = edit(copy, OPERATIONS[:1], undo_file=undo)
+    assert json.loads(undo.read_text()) == list(result.undo)
+    with pytest.raises(OutputError, match="exists already"):
+        edit(copy, OPERATIONS[:1], undo_file=undo)
+
+
+def test_an_undo_of_what_was_changed_in_part_is_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo, before = tmp_path / "undo.json", copy.read_bytes()
+    name = str(open_part(copy).value("general.name"))
+    operation = {"op": "set", "key": "general.name", "type": "string", "value": "#" + name[1:]}
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    time.sleep(0.02)  # file systems count time in steps
+    write = edit_module.write_whole
+
+    def write_then_break(path: Path, data: str, *, force: bool) -> None:
+        write(path, data, force=force)
+        monkeypatch.setattr(os, "fsync", fail)
+
+    monkeypatch.setattr(edit_module, "write_whole", write_then_break)
+    with pytest.raises(OutputError, match="Input/output error"):
+        edit(copy, [operation], undo_file=undo)
+    monkeypatch.undo()
+    assert copy.read_bytes() != before
+    edit(copy, json.loads(undo.read_text()))
+    assert copy.read_bytes() == before
+
+
+def test_an_undo_in_place_of_the_output_is_refused(copy: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    with pytest.raises(OutputError, match="the output and what undoes it"):
+        edit(copy, OPERATIONS[:1], output=output, undo_file=tmp_path / "." / "x.gguf")
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
@@ -273,7 +333,15 @@ def test_many_edits_and_their_undo(copy: Path) -> None:
         ({"op": "rename", "key": "general.name", "to": "general.architecture"}, "can't rename"),
         ({"op": "rename", "key": "general.name", "to": ""}, "can't rename"),
         ({"op": "restore", "key": "a", "index": 0, "packed": "!"}, "not base64"),
-        ({"op": "restore", "key": "a", "index": 0, "packed": "AAAA"}, "impossible"),
+        ({"op": "restore", "key": "a", "index": 0, "packed": "AAAA"}, "not what an undo has"),
+        ({"op": "restore", "key": "a", "index": 0, "packed": packed_key("b")}, "not what an undo has"),
+        ({"op": "restore", "key": "a", "index": 10**30, "packed": packed_key("a")}, "not what an undo has"),
+        ({"op": "restore", "key": "a", "index": -1, "packed": packed_key("a")}, "not what an undo has"),
+        ({"op": "set", "key": "a\udcff", "type": "int8", "value": 1}, "key: not a text"),
+        ({"op": "set", "key": "a", "type": "string", "value": "n\udcff"}, "a: not a text"),
+        ({"op": "set", "key": "a", "type": "string[]", "value": ["n", "\udcff"]}, "a: not a text"),
+        ({"op": "rename", "key": "general.name", "to": "\udcff"}, "to: not a text"),
+        ("abc", "not an operation"),
         ({"op": "fly", "key": "a"}, "unknown operation"),
         ({}, "without 'key'"),
     ],

@@ -99,6 +99,9 @@ def test_extract(run: Run, tmp_path: Path) -> None:
     assert code == 10 and "exists already" in err
     assert run("recipes", "extract", path, "-o", recipe, "--force")[0] == 0
     assert run("recipes", "extract", path, "-o", tmp_path / "no" / "x.toml")[0] == 10
+    before = path.stat()
+    code, _, err = run("recipes", "extract", path, "-o", path, "--force")
+    assert code == 10 and "is what is read" in err and path.stat() == before
     assert run("recipes", "show", recipe)[1].startswith("# E2B: 2.94 GiB")
 
 

@@ -175,6 +175,8 @@ def test_a_saved_reference_is_not_overwritten(q8_0: Path, tiny_checkpoint: Path,
     with pytest.raises(UsageError, match="exclude each other"):
         check(q8_0, tiny_checkpoint, save_reference=saved, use_reference=saved)
     assert saved.read_bytes() == before
+    with pytest.raises(OutputError, match="is what is read"):
+        check(q8_0, tiny_checkpoint, save_reference=q8_0, force=True, **options)
     other = saved.with_name("other.kld")
     for force in (False, True):
         check(q8_0, tiny_checkpoint, save_reference=other, force=force, **options)

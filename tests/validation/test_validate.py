@@ -219,6 +219,7 @@ def test_bad_options(options: list[str], said: str, sound: Path, tiny_checkpoint
         ({"logits"}, [LOGITS]),
         ("tokens", [TOKENS]),
         ("logits, structure", [STRUCTURE, LOGITS]),
+        (TENSORS, [TENSORS]),
     ],
     ids=str,
 )
@@ -241,6 +242,21 @@ def test_stages_that_there_are_not(stages: Any, said: str, sound: Path, tiny_che
     with pytest.raises(UsageError, match=said) as caught:
         validate(sound, tiny_checkpoint, stages=stages)
     assert caught.value.expected == "structure, tensors, tokens, logits, vision"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stages": 5}, "not stages"),
+        ({"n_tokens": 0}, "n_tokens"),
+        ({"n_ctx": "x"}, "n_ctx"),
+        ({"threads": -1}, "threads"),
+        ({"imatrix": 5}, "not an importance matrix"),
+    ],
+)
+def test_options_that_can_not_be(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_validation(**options)
 
 
 def test_the_table_has_a_row_for_each_stage() -> None:
