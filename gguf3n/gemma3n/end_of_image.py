@@ -130,13 +130,13 @@ def _hard_embedding(source: Checkpoint) -> tuple[int, HardEmbedding]:
     if not first <= token_id < end:
         raise ConfigError(
             f"{path}: eoi_token_id is not past the text's own vocabulary",
-            expected=f"an id from {first:,} to {end - 1:,}",
+            expected=f"an id from {first:,} on, below vocab_size, {end:,}",
             found=f"{token_id:,}",
         )
     table, norm, projection = _embedder(source)
-    width = table.shape[-1]
+    width = projection.shape[-1:]
     shapes = tuple(tensor.shape for tensor in (table, norm, projection))
-    if shapes != ((*table.shape[:1], width), (width,), (config.hidden_size, width)):
+    if shapes != ((*table.shape[:1], *width), width, (config.hidden_size, *width)):
         raise MappingError(
             f"{source.origin}: tensors of embed_vision do not fit each other",
             expected=f"[n, width], [width], [{config.hidden_size}, width]",
