@@ -26,6 +26,7 @@ from gguf3n.engines.pictures import Pixels
 from gguf3n.engines.reference import check_device, device_memory, load_model
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import ConfigError, UsageError
+from gguf3n.gemma3n.encoders import N_IMAGE_TOKENS, ImageTokens, read_image_tokens
 from gguf3n.gemma3n.names import ENCODER_PREFIX, TEXT_PREFIX
 from gguf3n.gemma3n.source import Checkpoint
 
@@ -65,8 +66,8 @@ class VisionReference:
     Args:
         device, dtype: as for `Reference`.
 
-    Raises: ConfigError: no vision tower. CheckpointError: tensors are missing. UsageError: packages that are not
-        installed, no such device.
+    Raises: ConfigError: no vision tower, or tokens of a picture that can't be. CheckpointError: tensors are missing.
+        UsageError: packages that are not installed, no such device.
     """
 
     def __init__(self, source: Checkpoint, *, device: str = "auto", dtype: str = "float32") -> None:
@@ -82,6 +83,7 @@ class VisionReference:
             raise ConfigError(
                 f"{source.path / 'config.json'}: no vision tower", expected="gemma3n", found=str(raw.get("model_type"))
             )
+        self._tokens = image_tokens(source)
         config = transformers.Gemma3nConfig(**raw)
         config.audio_config.conf_num_hidden_layers = 0  # nothing is heard here
         model = load_model(
@@ -135,12 +137,12 @@ class VisionReference:
 
     def token_ids(self, before: str, after: str) -> list[int]:
         """The ids of a prompt with a picture between two texts."""
-        raw = self.source.raw_config
+        tokens = self._tokens
         with closing(open_reference(self.source)) as tokenizer:
             head, tail = tokenizer.encode(before), tokenizer.encode(after)
             tail = tail[tail[:1] == [tokenizer.bos_id] :]
-        soft = [raw["image_token_id"]] * raw["vision_soft_tokens_per_image"]
-        return [*head, raw["boi_token_id"], *soft, raw["eoi_token_id"], *tail]
+        soft = [tokens.image_token_id] * tokens.vision_soft_tokens_per_image
+        return [*head, tokens.boi_token_id, *soft, tokens.eoi_token_id, *tail]
 
     def logprobs(
         self, token_ids: Sequence[int], seen: Seen, positions: Sequence[int], end: EndRows | None = None
@@ -152,19 +154,19 @@ class VisionReference:
 
         Shapes: `[vocab]` a position.
         """
-        torch, model, raw = self._torch, self._model.model, self.source.raw_config
+        torch, model, tokens = self._torch, self._model.model, self._tokens
         with torch.no_grad(), self._memory():
             ids = torch.tensor([list(token_ids)], device=self.device)
             text = model.language_model
             embedded, per_layer = text.embed_tokens(ids), text.get_per_layer_inputs(ids)
-            is_end = ids == raw["eoi_token_id"]
+            is_end = ids == tokens.eoi_token_id
             if end is None:
                 embedded[is_end] = model.embed_vision(input_ids=ids[is_end]).to(embedded.dtype)
             else:
                 embedded[is_end] = self._row(end.token_embd, text.embed_tokens)
                 row = self._row(end.per_layer, text.embed_tokens_per_layer)
                 per_layer[is_end] = row.reshape(per_layer.shape[2:])
-            embedded[ids == raw["image_token_id"]] = seen.features.to(embedded.dtype)
+            embedded[ids == tokens.image_token_id] = seen.features.to(embedded.dtype)
             found = text(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=False).last_hidden_state[0]
             cap = self._model.config.get_text_config().final_logit_softcapping
             logits = found[list(positions)].float() @ self._model.lm_head.weight.float().T
@@ -176,6 +178,26 @@ class VisionReference:
         """A row of an embedding table as the table would give it out."""
         values = self._torch.from_numpy(row).to(self.device, table.weight.dtype)
         return values * table.embed_scale.to(table.weight.dtype)
+
+
+def image_tokens(source: Checkpoint) -> ImageTokens:
+    """The tokens of a picture, held against the vocabulary and the tower. Raises: ConfigError."""
+    path, end = source.path / "config.json", source.config.vocab_size
+    tokens = read_image_tokens(source.raw_config, path)
+    for name in ("boi_token_id", "image_token_id", "eoi_token_id"):
+        if getattr(tokens, name) >= end:
+            raise ConfigError(
+                f"{path}: {name} is no token of the model",
+                expected=f"an id below vocab_size, {end:,}",
+                found=f"{getattr(tokens, name):,}",
+            )
+    if tokens.vision_soft_tokens_per_image != N_IMAGE_TOKENS:
+        raise ConfigError(
+            f"{path}: vision_soft_tokens_per_image is not what the tower makes of a picture",
+            expected=str(N_IMAGE_TOKENS),
+            found=str(tokens.vision_soft_tokens_per_image),
+        )
+    return tokens
 
 
 def check_packages() -> None:

@@ -1,7 +1,7 @@
 """What config.json and the processor's files say of the vision and audio encoders, as one checked value.
 
-`VISION`, `AUDIO` and `PROCESSOR` list what is read. A key that is missing has the value of the published checkpoints,
-as in llama.cpp's converter; one that is there must be possible.
+`VISION`, `AUDIO`, `PROCESSOR`, `IMAGE_TOKENS` and `EMBEDDER` list what is read. A key that is missing has the value of
+the published checkpoints, as in llama.cpp's converter; one that is there must be possible.
 
 Source: Gemma3nVisionConfig and Gemma3nAudioConfig in transformers; Gemma3nVisionAudioModel in llama.cpp's conversion/.
 """
@@ -81,6 +81,21 @@ class Encoders:
     audio: Audio | None
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens of a picture in a prompt, and what their table in the vision encoder needs; names as in config.json.
+
+    The ids are not held against a vocabulary here.
+    """
+
+    boi_token_id: int
+    image_token_id: int
+    eoi_token_id: int
+    vision_soft_tokens_per_image: int
+    vocab_offset: int
+    rms_norm_eps: float
+
+
 VISION: Mapping[str, int | float] = {
     "hidden_size": PUBLISHED_WIDTH,
     "vocab_size": 128,
@@ -105,6 +120,34 @@ AUDIO: Mapping[str, Any] = {
 """The same of audio_config."""
 
 PROCESSOR: Mapping[str, int] = {"size.height": 768, "image_seq_length": N_IMAGE_TOKENS}
+
+IMAGE_TOKENS: Mapping[str, int] = {
+    "boi_token_id": 255_999,
+    "image_token_id": 262_145,
+    "eoi_token_id": 262_144,
+    "vision_soft_tokens_per_image": N_IMAGE_TOKENS,
+}
+"""Keys of config.json itself, likewise. Source: Gemma3nConfig in transformers has the same values."""
+
+EMBEDDER: Mapping[str, int | float] = {"vocab_offset": 262_144, "rms_norm_eps": 1e-6}
+"""Keys of vision_config that only the embedding of such tokens needs."""
+
+
+def read_image_tokens(raw: Mapping[str, Any], path: Path) -> ImageTokens:
+    """The tokens of a picture.
+
+    Args:
+        raw: the content of config.json.
+        path: its place, for messages.
+
+    Raises: ConfigError for a config.json without vision, or a value that can't be.
+    """
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        raise ConfigError(f"{path}: vision_config is no object", expected="that of a Gemma 3n", found=shown(vision))
+    values: dict[str, Any] = {name: _number(raw, name, default, path) for name, default in IMAGE_TOKENS.items()}
+    values |= {name: _number(vision, name, default, path) for name, default in EMBEDDER.items()}
+    return ImageTokens(**values)
 
 
 def read_encoders(

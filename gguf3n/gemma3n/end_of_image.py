@@ -23,22 +23,23 @@ Source: Gemma3nModel.forward and get_per_layer_inputs of transformers; build_inp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.errors import ConfigError, MappingError, SourceError
 from gguf3n.formats.rows import Repeated, RowReader, Rows, SourceTensor, Values, Zeros, cut, largest_magnitude
+from gguf3n.gemma3n.encoders import read_image_tokens
 from gguf3n.gemma3n.mapping import MappedTensor
+from gguf3n.gemma3n.mmproj import VISION_NAMES
 from gguf3n.gemma3n.names import bare_name
 from gguf3n.gemma3n.source import Checkpoint
 from gguf3n.gemma3n.text import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 
 MARK = "<end_of_image>"
-EPSILON = 1e-6
-"""Of the norms, where config.json does not say."""
 PIECE = 64
 """Rows of the projection that are read at once."""
 
@@ -99,48 +100,66 @@ def _read(reader: RowReader, tensor: SourceTensor, first: int, n_rows: int) -> N
     return out.astype(np.float64)
 
 
-def with_end_of_image(tensors: tuple[MappedTensor, ...], source: Checkpoint) -> tuple[MappedTensor, ...]:
-    """The text model's tensors, with the rows of <end_of_image> as the model has them.
+def with_end_of_image(
+    tensors: tuple[MappedTensor, ...], source: Checkpoint
+) -> tuple[tuple[MappedTensor, ...], tuple[str, ...]]:
+    """The text model's tensors, with the rows of <end_of_image> as the model has them, and what a user should know.
 
-    A checkpoint without a vision encoder has no pictures: its tensors are returned as they are.
+    A checkpoint without a vision encoder has no pictures: its tensors are returned as they are. So are those of one
+    whose config.json or embedder does not say what the rows are, with a notice.
     """
-    embedding = _hard_embedding(source)
-    if embedding is None:
-        return tensors
+    if not any(bare_name(name).startswith(VISION_NAMES) for name in source.tensors):
+        return tensors, ()
+    try:
+        token_id, row = _hard_embedding(source)
+    except SourceError as error:
+        notice = f"the rows of {MARK} are padding, as llama.cpp's converter writes them: {error.one_line}"
+        return tensors, (notice,)
     mends: dict[str, Callable[[MappedTensor], MappedTensor]] = {
-        TOKEN_EMBD: lambda tensor: _with_row(tensor, *embedding),
+        TOKEN_EMBD: lambda tensor: _with_row(tensor, token_id, row),
         PER_LAYER_TOKEN_EMBD: _padded_with_the_first,
     }
-    return tuple(mends[tensor.name](tensor) if tensor.name in mends else tensor for tensor in tensors)
+    return tuple(mends[tensor.name](tensor) if tensor.name in mends else tensor for tensor in tensors), ()
 
 
-def _hard_embedding(source: Checkpoint) -> tuple[int, HardEmbedding] | None:
-    """The mark's id and its row; None where the checkpoint has no such thing."""
-    raw, config = source.raw_config, source.config
-    vision = raw.get("vision_config")
-    found = _embedder(source.tensors)
-    if not isinstance(vision, dict) or found is None:
-        return None
-    table, norm, projection = found
-    token_id, offset = raw.get("eoi_token_id"), vision.get("vocab_offset")
-    epsilon = vision.get("rms_norm_eps", EPSILON)
-    if type(token_id) is not int or type(offset) is not int or not isinstance(epsilon, float):
-        return None
-    width = table.shape[-1]
-    row = token_id - offset
-    shapes = (len(table.shape), norm.shape, projection.shape)
-    fits = shapes == (2, (width,), (config.hidden_size, width)) and 0 <= row < table.shape[0]
-    if not fits or not config.vocab_size_per_layer_input <= token_id < config.vocab_size:
-        return None
-    return token_id, HardEmbedding(table, row, norm, projection, epsilon)
+def _hard_embedding(source: Checkpoint) -> tuple[int, HardEmbedding]:
+    """The mark's id and its row. Raises: ConfigError, MappingError: the checkpoint has no such thing."""
+    config, path = source.config, source.path / "config.json"
+    tokens = read_image_tokens(source.raw_config, path)
+    token_id, first, end = tokens.eoi_token_id, config.vocab_size_per_layer_input, config.vocab_size
+    if not first <= token_id < end:
+        raise ConfigError(
+            f"{path}: eoi_token_id is not past the text's own vocabulary",
+            expected=f"an id from {first:,} on, below vocab_size, {end:,}",
+            found=f"{token_id:,}",
+        )
+    table, norm, projection = _embedder(source)
+    width = projection.shape[-1:]
+    shapes = tuple(tensor.shape for tensor in (table, norm, projection))
+    if shapes != ((*table.shape[:1], *width), width, (config.hidden_size, *width)):
+        raise MappingError(
+            f"{source.origin}: tensors of embed_vision do not fit each other",
+            expected=f"[n, width], [width], [{config.hidden_size}, width]",
+            found=", ".join(str(list(shape)) for shape in shapes),
+        )
+    row = token_id - tokens.vocab_offset
+    if not 0 <= row < table.shape[0]:
+        raise ConfigError(
+            f"{path}: eoi_token_id less vocab_offset is no row of embed_vision.embedding",
+            expected=f"0 to {table.shape[0] - 1:,}",
+            found=f"{token_id:,} - {tokens.vocab_offset:,}",
+        )
+    return token_id, HardEmbedding(table, row, norm, projection, tokens.rms_norm_eps)
 
 
-def _embedder(tensors: Mapping[str, SourceTensor]) -> tuple[SourceTensor, SourceTensor, SourceTensor] | None:
-    names = ("embedding", "hard_embedding_norm", "embedding_projection")
-    bare = {bare_name(name): tensor for name, tensor in tensors.items() if "embed_vision." in name}
-    found = [bare.get(f"embed_vision.{name}.weight") for name in names]
-    table, norm, projection = found
-    return None if table is None or norm is None or projection is None else (table, norm, projection)
+def _embedder(source: Checkpoint) -> Iterator[SourceTensor]:
+    """Its table, norm and projection. Raises: MappingError."""
+    bare = {bare_name(name): tensor for name, tensor in source.tensors.items() if "embed_vision." in name}
+    for part in ("embedding", "hard_embedding_norm", "embedding_projection"):
+        name = f"embed_vision.{part}.weight"
+        if name not in bare:
+            raise MappingError(f"{source.origin}: tensor {name!r} is missing", expected="it, in a vision encoder")
+        yield bare[name]
 
 
 def _with_row(tensor: MappedTensor, index: int, row: HardEmbedding) -> MappedTensor:

@@ -83,9 +83,9 @@ def text_part(source: Source, *, beside: Collection[str] = ()) -> Part:
 def _of_checkpoint(source: Checkpoint, beside: tuple[str, ...]) -> Part:
     config = source.config
     mapping = map_tensors(text.table(config), source.tensors, source.origin)
-    tensors = with_end_of_image(mapping.tensors, source)
+    tensors, end_notices = with_end_of_image(mapping.tensors, source)
     vocabulary = source.vocabulary
-    notices = [*source.notices, *vocabulary.notices]
+    notices = [*source.notices, *vocabulary.notices, *end_notices]
     notices += [
         f"left out {count} source tensors: {reason}"
         for reason, count in mapping.dropped

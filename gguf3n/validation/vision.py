@@ -34,7 +34,7 @@ from gguf3n.engines.llama_vision import VisionProcess
 from gguf3n.engines.memory import Alternative, ModelNeed, check_memory, gigabytes, llama_cpp_need, vision_reference_need
 from gguf3n.engines.pictures import PICTURES, Picture, as_png, padded
 from gguf3n.engines.reference import check_device
-from gguf3n.engines.vision_reference import EndRows, VisionReference, check_packages
+from gguf3n.engines.vision_reference import EndRows, VisionReference, check_packages, image_tokens
 from gguf3n.errors import GGUFError, SourceError, UsageError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
@@ -168,6 +168,8 @@ class VisionRun:
     path: Path
     image_size: int
     reference: Checkpoint
+    end_id: int
+    """<end_of_image>'s."""
     text_file: Path | None
     """None: to be made."""
     server: LlamaServer | None
@@ -190,7 +192,7 @@ class VisionRun:
                 )
                 text_file = made.path
             subject = Subject(open_gguf(text_file))
-            end = end_rows(subject, self.reference.raw_config["eoi_token_id"])
+            end = end_rows(subject, self.end_id)
             with VisionReference(self.reference, device=self.options.device, dtype=self.options.dtype) as reference:
                 as_given, own = _reference_rows(reference, self.image_size, end, tick)
                 reference_name = reference.name
@@ -225,11 +227,20 @@ class VisionRun:
 def _reference_rows(
     reference: VisionReference, image_size: int, end: EndRows, tick: Callable[[], None]
 ) -> tuple[list[Row], list[Row]]:
-    """What the reference says when it is given what llama.cpp is, and when it does all in its own way."""
+    """What the reference says when it is given what llama.cpp is, and when it does all in its own way.
+
+    Raises: SourceError: texts that can't be compared in one pass; or a class below it.
+    """
     prompts = [reference.token_ids(BEFORE, after) for after in AFTER]
     longest = prompts[-1]
     positions = [len(ids) - 1 for ids in prompts]
-    assert all(ids == longest[: len(ids)] for ids in prompts), "each text is the beginning of the next"
+    if not all(ids == longest[: len(ids)] for ids in prompts):
+        raise SourceError(
+            f"{reference.source.origin}: its tokenizer cuts a text otherwise when more text follows",
+            expected="the tokens of each text of the comparison to begin those of the next",
+            found=f"other ones, of {AFTER[-1]!r}",
+            fix=SMALLER.option,
+        )
     as_given, own = [], []
     for picture in PICTURES:
         pixels = picture.pixels()
@@ -309,6 +320,7 @@ def prepare_vision(
     image_size = candidate.subject.integer(mmproj.IMAGE_SIZE)
     if image_size is None or image_size < 1:
         raise GGUFError(f"{candidate.path}: no vision encoder", expected=f"the key {mmproj.IMAGE_SIZE}")
+    end_id = image_tokens(reference).eoi_token_id
     if options.server is not None and options.text_model is None:
         raise UsageError(
             "--server without --text-model", fix="name the text model's file that the server has loaded as well"
@@ -320,14 +332,14 @@ def prepare_vision(
         needs.append(ModelNeed(f"llama.cpp with a text model in {MADE_AS}", 2 * n_bytes, (SMALLER,)))
     else:
         subject = Subject(open_gguf(text_file))
-        _check_text(subject, candidate, reference)
+        _check_text(subject, candidate, end_id)
         if options.server is None:
             needs.append(llama_cpp_need(subject, N_CTX, SMALLER))
     server = None if options.server is None else LlamaServer(options.server)
     if server is not None and not server.sees():
         raise UsageError(f"{server.url}: the server does not see", fix=f"start it with --mmproj {candidate.path.name}")
     check_memory(needs, notice=notice)
-    return VisionRun(candidate.gguf.path, image_size, reference, text_file, server, options)
+    return VisionRun(candidate.gguf.path, image_size, reference, end_id, text_file, server, options)
 
 
 def made_bytes(reference: Source, instead: str) -> int:
@@ -343,20 +355,19 @@ def made_bytes(reference: Source, instead: str) -> int:
     return n_bytes
 
 
-def _check_text(subject: Subject, candidate: Candidate, reference: Checkpoint) -> None:
+def _check_text(subject: Subject, candidate: Candidate, end_id: int) -> None:
     """See that a text model's file fits. Raises: UsageError."""
     tokens = subject.array(Keys.Tokenizer.LIST)
-    eoi = reference.raw_config.get("eoi_token_id")
-    if not subject.is_gemma3n or tokens is None or not isinstance(eoi, int):
+    if not subject.is_gemma3n or tokens is None:
         raise UsageError(
             f"--text-model {subject.gguf.name}: not the text model of a Gemma 3n", fix="name the other of the two files"
         )
     width = subject.integer(Keys.LLM.EMBEDDING_LENGTH)
     wanted = candidate.subject.integer("clip.vision.projection_dim")
-    if width != wanted or len(tokens) <= eoi:
+    if width != wanted or len(tokens) <= end_id:
         raise UsageError(
             f"--text-model {subject.gguf.name} does not fit {candidate.path.name}",
-            expected=f"embeddings of {wanted}, more than {eoi:,} tokens",
+            expected=f"embeddings of {wanted}, more than {end_id:,} tokens",
             found=f"embeddings of {width}, {len(tokens):,} tokens",
             fix="convert the text model from the same checkpoint; files of 2025 have no <end_of_image>",
         )

@@ -85,6 +85,22 @@ def test_a_text_only_checkpoint(make_checkpoint: Callable[..., Path]) -> None:
         VisionReference(open_checkpoint(make_checkpoint(layout="text-only")))
 
 
+def test_a_config_that_leaves_out_what_is_published(seeing: Path, reference: VisionReference) -> None:
+    source = open_checkpoint(seeing)
+    del source.raw_config["vision_soft_tokens_per_image"]
+    assert module.image_tokens(source) == module.image_tokens(open_checkpoint(seeing)) == reference._tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("boi_token_id", None), ("image_token_id", 1088), ("vision_soft_tokens_per_image", 255)]
+)
+def test_tokens_that_cannot_be(seeing: Path, name: str, value: int | None) -> None:
+    source = open_checkpoint(seeing)
+    source.raw_config[name] = value
+    with pytest.raises(ConfigError, match=f"config.json: {name} is no"):
+        module.image_tokens(source)
+
+
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(

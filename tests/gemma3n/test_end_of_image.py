@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 
 import gguf3n
 from gguf3n.formats.rows import RowReader
+from gguf3n.gemma3n.encoders import read_image_tokens
+from gguf3n.gemma3n.end_of_image import with_end_of_image
 from gguf3n.gemma3n.part import text_part
 from gguf3n.gemma3n.text import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from workshop import comparison
+from workshop.checkpoints import CONFIGS
 
 END_OF_IMAGE, VOCAB = 1024, 1088  # of the tiny checkpoint
 
@@ -101,11 +105,20 @@ def test_every_layout(make_checkpoint: Callable[..., Path], layout: str) -> None
     assert [tensor.name for tensor in part.tensors if tensor.plain_rows] == [TOKEN_EMBD, PER_LAYER_TOKEN_EMBD]
 
 
+def changed(seeing: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> gguf3n.Part:
+    shutil.copytree(seeing, folder / "x")
+    config = json.loads((folder / "x" / "config.json").read_text("utf-8"))
+    change(config)
+    (folder / "x" / "config.json").write_text(json.dumps(config), "utf-8")
+    return text_part(gguf3n.read_source(folder / "x"))
+
+
 def no_vision(config: dict[str, Any]) -> None:
     del config["vision_config"]
 
 
 def no_mark(config: dict[str, Any]) -> None:
+    """The published id is past the tiny vocabulary."""
     del config["eoi_token_id"]
 
 
@@ -121,23 +134,69 @@ def an_offset_that_is_none(config: dict[str, Any]) -> None:
     config["vision_config"]["vocab_offset"] = "1024"
 
 
+def no_offset(config: dict[str, Any]) -> None:
+    del config["vision_config"]["vocab_offset"]
+
+
 @pytest.mark.parametrize(
-    "change", [no_vision, no_mark, a_mark_among_the_text, a_mark_past_the_table, an_offset_that_is_none]
+    ("change", "reason"),
+    [
+        (no_vision, "config.json: vision_config is no object; expected: that of a Gemma 3n; found: null"),
+        (no_mark, "an id from 1,024 on, below vocab_size, 1,088; found: 262,144"),
+        (a_mark_among_the_text, "eoi_token_id is not past the text's own vocabulary"),
+        (a_mark_past_the_table, "no row of embed_vision.embedding; expected: 0 to 31; found: 1,087 - 1,024"),
+        (an_offset_that_is_none, "vocab_offset is impossible"),
+        (no_offset, "eoi_token_id less vocab_offset is no row"),
+    ],
 )
-def test_without_a_known_mark_there_is_padding(
+def test_without_a_known_mark_there_is_padding_and_a_notice(
+    seeing: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    part = changed(seeing, tmp_path, change)
+    assert not any(tensor.plain_rows for tensor in part.tensors)
+    (notice,) = [notice for notice in part.notices if "<end_of_image>" in notice]
+    assert "are padding" in notice and reason in notice
+
+
+def no_epsilon(config: dict[str, Any]) -> None:
+    del config["vision_config"]["rms_norm_eps"]
+
+
+def a_whole_epsilon(config: dict[str, Any]) -> None:
+    config["vision_config"]["rms_norm_eps"] = 1
+
+
+@pytest.mark.parametrize("change", [no_epsilon, a_whole_epsilon])
+def test_the_epsilon_may_be_missing_or_whole(
     seeing: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    shutil.copytree(seeing, tmp_path / "x")
-    config = json.loads((tmp_path / "x" / "config.json").read_text("utf-8"))
-    change(config)
-    (tmp_path / "x" / "config.json").write_text(json.dumps(config), "utf-8")
-    part = text_part(gguf3n.read_source(tmp_path / "x"))
-    assert not any(tensor.plain_rows for tensor in part.tensors)
+    part = changed(seeing, tmp_path, change)
+    assert [tensor.name for tensor in part.tensors if tensor.plain_rows] == [TOKEN_EMBD, PER_LAYER_TOKEN_EMBD]
+    assert not any("<end_of_image>" in notice for notice in part.notices)
+
+
+def test_an_embedder_that_lacks_a_tensor_or_fits_nothing(seeing: Path) -> None:
+    source = gguf3n.read_source(seeing)
+    name, other = (f"model.embed_vision.{part}.weight" for part in ("hard_embedding_norm", "embedding"))
+    for tensors, reason in (
+        ({key: each for key, each in source.tensors.items() if key != name}, f"{name[6:]!r} is missing"),
+        ({**source.tensors, name: source.tensors[other]}, "do not fit each other"),
+        ({**source.tensors, other: dataclasses.replace(source.tensors[other], shape=())}, "do not fit each other"),
+    ):
+        found, (notice,) = with_end_of_image((), dataclasses.replace(source, tensors=tensors))
+        assert found == () and reason in notice
+
+
+def test_keys_that_are_missing_are_the_published_ones() -> None:
+    published = json.loads((CONFIGS / "gemma-3n-e2b.json").read_text("utf-8"))
+    path = Path("config.json")
+    assert read_image_tokens({"vision_config": {}}, path) == read_image_tokens(published, path)
 
 
 def test_a_text_only_checkpoint_is_written_as_ever(tiny_checkpoint: Path) -> None:
     part = text_part(gguf3n.read_source(tiny_checkpoint))
     assert not any(tensor.plain_rows for tensor in part.tensors)
+    assert not any("<end_of_image>" in notice for notice in part.notices)
 
 
 def test_validation_takes_both_kinds_and_no_third(seeing: Path, written: dict[str, Path], tmp_path: Path) -> None:

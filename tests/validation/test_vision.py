@@ -17,7 +17,7 @@ from gguf3n.cli.validate import print_validation
 from gguf3n.engines.llama_vision import VisionProcess
 from gguf3n.engines.pictures import Picture
 from gguf3n.engines.vision_reference import EndRows
-from gguf3n.errors import GGUFError, UsageError
+from gguf3n.errors import ConfigError, GGUFError, SourceError, UsageError
 from gguf3n.validation import vision as module
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.logits import LIMITS
@@ -144,7 +144,7 @@ def test_a_server_is_asked_likewise(seeing: Path, files: dict[str, Path]) -> Non
 
 
 def refused(path: Path, reference: str | Path, **changes: object) -> str:
-    with pytest.raises((UsageError, GGUFError)) as caught:
+    with pytest.raises((UsageError, GGUFError, ConfigError)) as caught:
         part = part_for(Candidate(path), gguf3n.read_source(reference))
         prepare_vision(Candidate(path), part, options(**changes))
     return caught.value.one_line
@@ -164,12 +164,32 @@ def test_what_cannot_be_compared_is_said(
 
 def test_a_text_file_without_the_mark(seeing: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of 2025."""
-    source = gguf3n.read_source(seeing)
-    monkeypatch.setitem(source.raw_config, "eoi_token_id", 5000)  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match="does not fit"):
-        prepare_vision(
-            Candidate(files["F16"]), part_for(Candidate(files["F16"]), source), options(text_model=files["text"])
-        )
+    monkeypatch.setattr(module.Subject, "array", lambda *_: [""] * 1024)
+    assert "does not fit" in refused(files["F16"], seeing, text_model=files["text"])
+
+
+@pytest.mark.parametrize(("value", "what"), [(None, "found: 262,144"), ("x", "impossible")])
+def test_the_mark_of_a_config_that_is_no_token(
+    seeing: Path, files: dict[str, Path], tmp_path: Path, value: object, what: str
+) -> None:
+    """Missing, it is the published one, which the small model does not have."""
+    shutil.copytree(seeing, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text("utf-8"))
+    (tmp_path / "x" / "config.json").write_text(json.dumps({**config, "eoi_token_id": value}), "utf-8")
+    found = refused(files["F16"], tmp_path / "x", text_model=files["text"])
+    assert "config.json: eoi_token_id is" in found and what in found
+
+
+def test_a_tokenizer_that_cuts_a_text_otherwise_when_more_follows(seeing: Path) -> None:
+    class Other:
+        source = gguf3n.read_source(seeing)
+
+        def token_ids(self, before: str, after: str) -> list[int]:
+            return [len(after)]
+
+    with pytest.raises(SourceError) as caught:
+        module._reference_rows(Other(), 256, EndRows(np.ones(1, np.float32), np.ones(1, np.float32)), lambda: None)  # type: ignore[arg-type]
+    assert str(seeing) in caught.value.what and "tokenizer" in caught.value.what and caught.value.fix
 
 
 def test_stages_are_those_of_the_kind_of_file(seeing: Path, files: dict[str, Path]) -> None:
