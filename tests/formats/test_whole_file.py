@@ -77,7 +77,7 @@ def test_the_disk_takes_a_long_file_while_it_is_written(tmp_path: Path, monkeypa
     monkeypatch.setattr(gguf_writer, "SYNC_BYTES", 1 << 14)
     monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), fsync(descriptor))[1])
     monkeypatch.setattr(gguf_writer.OffsetFiles, "write_at", lambda *args: (events.append("write"), write_at(*args))[1])
-    gguf3n.convert(micro.make(tmp_path / "source"), "F16", tmp_path / "out")
+    gguf3n.convert(micro.make(tmp_path / "source"), "F16", tmp_path / "out", threads=1)
     last = len(events) - events[::-1].index("write")
     assert events[:last].count("sync") > 1
     assert "sync" in events[last:]
