@@ -51,7 +51,7 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
             fix="use one that was measured on this model or its base",
         )
     weights: dict[str, NDArray[np.float32]] = {}
-    uncounted = []
+    uncounted, dead = [], []
     for name, entry in imatrix.entries.items():
         if name not in tensors:
             continue
@@ -66,12 +66,15 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
         if not (entry.counts > 0).all():
             uncounted.append(name)
         weights[name] = np.ascontiguousarray(entry.quant_weights.reshape(-1))
+        if not weights[name].any():
+            dead.append(name)
     wanted = [t.name for t in part.tensors if t.storage is Storage.QUANTIZABLE and t.bid is not None and t.evaluated]
     lacking = [name for name in wanted if name not in weights]
     notices = []
     for names, what in (
         (unknown, "have no tensor in this model and are not used"),
         (uncounted, "counted no input, so all their columns weigh the same"),
+        (dead, "have importances that are all zero: llama.cpp writes zeros, or next to nothing, for these tensors"),
     ):
         if names:
             notices.append(f"{imatrix.path}: {len(names)} entries {what}: {_some(names)}")

@@ -270,8 +270,18 @@ def _middle_factors(x: Values, q: Values, own: Values, places: NDArray[np.int64]
 def requantize(
     x: Values, qtype: QType, quant_weights: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.uint8], Values]:
-    """The blocks and the values that our quantizer makes of rows; all columns weigh the same where none are given and
-    the type needs some."""
+    """The blocks and the values that our quantizer makes of rows."""
+    blocks = own_blocks(x, qtype, quant_weights)
+    own = np.empty_like(x)
+    dequantize_into(blocks, qtype, own)
+    return blocks, own
+
+
+def own_blocks(x: Values, qtype: QType, quant_weights: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+    """What our quantizer makes of rows; all columns weigh the same where none are given and the type needs some.
+
+    Shapes: uint8[n_rows, row_bytes].
+    """
     from gguf3n.quants import QUANTIZERS
     from gguf3n.quants.api import quantize_rows
 
@@ -281,9 +291,7 @@ def requantize(
         quant_weights = np.ones(x.shape[1], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         quantize_rows(x, qtype, quant_weights, blocks, float(np.abs(x).max(initial=0)))
-    own = np.empty_like(x)
-    dequantize_into(blocks, qtype, own)
-    return blocks, own
+    return blocks
 
 
 def negligible(qtype: QType) -> float:

@@ -4,6 +4,8 @@ Each row's relative error is measured, and what its worst unit of weights is lik
 those that stand out, are quantized again with our own quantizer (see evidence), whose bytes are llama.cpp's:
 
     the sample has our bytes     the tensor is proved, and so is each row that stands out: it has them too, or is wrong
+    all rows are compared        with the importance matrix at hand, and where quantizing is no slower than reading: in
+                                 the same pass; a few rows of other bytes are then told
     most of it has, or no        the file is sound where its error is that of its type on these very weights, and its
     importances were used        levels are those that the weights round to (see bands and yardsticks): ggml may have
                                  been compiled in another way
@@ -43,7 +45,7 @@ from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.validation.bands import BANDS, FEW, HOLDS, MARGIN, Spread, expected_error, limits
 from gguf3n.validation.diagnosis import MAX_ROWS, Suspect, diagnose
-from gguf3n.validation.evidence import Evidence, examine, requantize
+from gguf3n.validation.evidence import Evidence, examine, own_blocks, requantize
 from gguf3n.validation.result import Problem, Stage, Verdict
 from gguf3n.validation.rules import RULES, floor
 from gguf3n.validation.tensor_errors import TensorError, TensorsResult
@@ -94,10 +96,13 @@ CLEARLY_LESS = 4
 """Times fewer weights must be misplaced for a detour to explain them."""
 NEARLY_ALL = 0.9
 MAX_DAMAGED = 16
-"""Rows of which some blocks are damaged, to call them that."""
+"""Rows of which some blocks are damaged, to call them that; other rows than ours that are not another compilation's."""
 SOME_BLOCKS = 0.5
 """Of such a row."""
 IMATRIX_KEYS = "quantize.imatrix."
+
+CHEAP = frozenset({QType.F16, QType.BF16, QType.Q8_0})
+"""Types of which every row is quantized again, whatever else is known. F32 needs none: its errors are exact."""
 
 ROUTES: tuple[tuple[QType, str, Verdict | None], ...] = (
     (QType.BF16, "were rounded to BF16 on the way", None),
@@ -120,7 +125,7 @@ def check_tensors(
     Args:
         gguf: as `open_gguf(path, strict=False)` gives it.
         quant_weights: importances that the file was quantized with, by tensor, where they are at hand: it is then
-            judged as sharply as one without.
+            judged as sharply as one without, and every row is quantized again.
         progress: called from the calling thread, in weights.
 
     Raises: GGUFError for a file that can't be read; CheckpointError for such a source; Interrupted on Ctrl-C.
@@ -240,7 +245,8 @@ class _Outcome:
     """One tensor: how far it is, and rows that are not what they should be.
 
     `route`: of ROUTES. `is_ours`: most sampled blocks have our bytes. `is_unsure`: few importances explain the rows.
-    `odd`: blocks that few importances explain, or that differ from ours where all others don't.
+    `odd`: blocks that few importances explain, or that differ from ours where all others don't. `is_alone`: these are
+    few of all rows, which were all compared.
     """
 
     pair: Pair
@@ -252,6 +258,7 @@ class _Outcome:
     is_ours: bool = False
     is_unsure: bool = False
     odd: str = ""
+    is_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,6 +297,7 @@ class _Work:
         self.lock = threading.Lock()
         self.chunks = self._cut()
         self.sums: dict[int, NDArray[np.float64]] = {}
+        self.unlike: dict[int, NDArray[np.bool_]] = {}
         self.rows_left = [pair.n_rows for pair in pairs]
         self.outcomes: dict[int, _Outcome] = {}
         n_weights = sum(pair.n_rows * pair.source.n_per_row for pair in pairs)
@@ -300,6 +308,7 @@ class _Work:
         room for a tensor's sums when its first chunk is taken."""
         for index, pair in enumerate(self.pairs):
             self.sums[index] = np.empty((pair.n_rows, N_SUMS))
+            self.unlike[index] = np.zeros(pair.n_rows, np.bool_)
             for first_row, chunk in tensor_chunks(pair.source):
                 n_rows = min(chunk.n_rows, pair.n_rows - first_row)
                 if n_rows > 0:
@@ -315,32 +324,36 @@ class _Work:
             if taken is None:
                 return
             index, first_row, chunk = taken
-            self.compare(self.pairs[index], first_row, chunk, self.sums[index], *buffers)
+            self.compare(index, first_row, chunk, *buffers)
             self.meter.add(chunk.n_weights)
             with self.lock:
                 self.rows_left[index] -= chunk.n_rows
-                sums = None if self.rows_left[index] else self.sums.pop(index)
-            if sums is not None:
-                self.outcomes[index] = self.judge.judge(self.pairs[index], sums)
+                is_complete = not self.rows_left[index]
+            if is_complete:
+                unlike = np.flatnonzero(self.unlike.pop(index))
+                self.outcomes[index] = self.judge.judge(self.pairs[index], self.sums.pop(index), unlike)
 
     def compare(
         self,
-        pair: Pair,
+        index: int,
         first_row: int,
         chunk: Chunk,
-        sums: NDArray[np.float64],
         x: NDArray[np.float32],
         q: NDArray[np.float32],
         raw: NDArray[np.uint8],
     ) -> None:
-        """Sum up the rows of one chunk."""
+        """Sum up the rows of one chunk, and quantize them again where all rows are."""
+        pair, rows = self.pairs[index], slice(first_row, first_row + chunk.n_rows)
         x, q = (values[: chunk.n_weights].reshape(chunk.n_rows, -1) for values in (x, q))
         blocks = raw[: chunk.n_rows * pair.stored.row_bytes].reshape(chunk.n_rows, -1)
         self.reader.fill(chunk.rows, chunk.first, x)
         self.reader.file_bytes(pair, first_row, blocks)
         dequantize_into(blocks, pair.qtype, q)
         unit = SMALL_UNIT if GGML_TYPES[pair.qtype].weights == 32 else UNIT
-        sum_rows(x, q, sums[first_row : first_row + chunk.n_rows], unit, floor(pair.qtype, unit))
+        sum_rows(x, q, self.sums[index][rows], unit, floor(pair.qtype, unit))
+        if self.judge.compares_all(pair):
+            ours = own_blocks(x, pair.qtype, self.judge.quant_weights.get(pair.name))
+            self.unlike[index][rows] = (ours != blocks).any(axis=1)
 
 
 class _Judge:
@@ -351,23 +364,43 @@ class _Judge:
         self.weighted = weighted
         self.quant_weights = quant_weights
 
-    def judge(self, pair: Pair, sums: NDArray[np.float64]) -> _Outcome:
+    def compares_all(self, pair: Pair) -> bool:
+        """Whether every row is quantized again."""
+        return pair.source.evaluated and (bool(self.quant_weights) or pair.qtype in CHEAP)
+
+    def judge(self, pair: Pair, sums: NDArray[np.float64], unlike: NDArray[np.int64]) -> _Outcome:
+        """Args: unlike: the rows that have not our bytes, where all were compared."""
         errors = relative(sums[:, ERROR], sums[:, SOURCE])
         if not pair.source.evaluated:
             return _Outcome(pair, _error(pair, sums, errors))
         weighted = self.is_weighted(pair)
-        outcome = self.held_against(pair, sums, errors, weighted=weighted)
+        outcome = self.held_against(pair, sums, errors, unlike, weighted=weighted)
         may_be_weighted = pair.qtype in RULES and pair.name not in self.quant_weights
-        if weighted or outcome.fault is None or outcome.is_ours or not may_be_weighted:
+        if outcome.fault is None or not may_be_weighted:
+            return outcome
+        # where the weights of a row are alike, unknown importances may give our bytes; none are counted for tables
+        is_open = outcome.is_ours and pair.source.bid is not None if weighted else not outcome.is_ours
+        if not is_open:
             return outcome
         # without the keys, a file that was made with an importance matrix looks as if it lost too much
-        tolerant = self.held_against(pair, sums, errors, weighted=True)
-        return outcome if tolerant.fault is not None else replace(tolerant, unlike_plain=True)
+        tolerant = self.held_against(pair, sums, errors, unlike, weighted=True, may_be_ours=False)
+        if tolerant.fault is not None:
+            return outcome
+        return replace(tolerant, is_unsure=True) if weighted else replace(tolerant, unlike_plain=True)
 
-    def held_against(self, pair: Pair, sums: NDArray[np.float64], errors: PerRow, *, weighted: bool) -> _Outcome:
+    def held_against(
+        self,
+        pair: Pair,
+        sums: NDArray[np.float64],
+        errors: PerRow,
+        unlike: NDArray[np.int64],
+        *,
+        weighted: bool,
+        may_be_ours: bool = True,
+    ) -> _Outcome:
         """The tensor as one that was made with an unknown importance matrix, or as ours."""
         sample = self.look(pair, _sample(pair), weighted=weighted)
-        if weighted and sample.is_ours:
+        if weighted and sample.is_ours and may_be_ours:
             weighted = False
             sample = sample if sample.identical else self.look(pair, sample.rows, weighted=False)
         allowed = limits(pair.qtype, weighted=weighted)
@@ -375,19 +408,25 @@ class _Judge:
         if not sample.is_sound(allowed, pair.qtype):
             route, sample = self.by_way_of(pair, sample, weighted=weighted)
         suspects = _suspects(sums, errors, sample)
+        is_few = sample.identical or len(unlike) <= MAX_DAMAGED
+        is_alone = bool(len(unlike)) and is_few and not weighted and route is None
+        if is_alone:
+            suspects = np.union1d(suspects, _spread_out(unlike, MAX_SUSPECTS))
         looked_at = [sample]
         if len(suspects):
             looked_at.append(self.look(pair, suspects, route, weighted=weighted, usual=sample))
         is_known = pair.name in self.quant_weights
+        is_identical = sample.identical and (route is not None or not len(unlike))
         return _Outcome(
             pair,
-            _error(pair, sums, errors, sample),
+            _error(pair, sums, errors, sample, is_identical=is_identical),
             _fault(pair, looked_at, errors, allowed, weighted=weighted, is_known=is_known),
             route,
             sample.n_idle,
             is_ours=sample.is_ours,
             is_unsure=weighted and not sample.is_sound(allowed, pair.qtype),
-            odd=_odd(pair, looked_at, weighted=weighted),
+            odd=_odd(pair, looked_at, weighted=weighted, unlike=unlike if is_alone else None),
+            is_alone=is_alone,
         )
 
     def is_weighted(self, pair: Pair) -> bool:
@@ -465,7 +504,14 @@ def _spread_out(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     return rows if len(rows) <= n else rows[np.linspace(0, len(rows) - 1, n).astype(np.int64)]
 
 
-def _error(pair: Pair, sums: NDArray[np.float64], errors: PerRow, sample: Evidence | None = None) -> TensorError:
+def _error(
+    pair: Pair,
+    sums: NDArray[np.float64],
+    errors: PerRow,
+    sample: Evidence | None = None,
+    *,
+    is_identical: bool = False,
+) -> TensorError:
     with np.errstate(all="ignore"):
         difference, source, found, product = sums[:, :LARGEST].sum(axis=0)
         cosine = float(product / np.sqrt(source * found)) if source > 0 or found > 0 else 1.0
@@ -483,7 +529,7 @@ def _error(pair: Pair, sums: NDArray[np.float64], errors: PerRow, sample: Eviden
         worst_row_error=float(errors[worst]),
         ratio=1.0 if sample is None else sample.ratio,
         misplaced=0.0 if sample is None else float(sample.misplaced.mean()),
-        identical=sample is not None and sample.identical,
+        identical=is_identical,
     )
 
 
@@ -540,10 +586,10 @@ def _damage(evidence: Evidence, rows: NDArray[np.int64]) -> str:
     return f"weights {first * n}-{(last + 1) * n - 1}"
 
 
-def _odd(pair: Pair, looked_at: Sequence[Evidence], *, weighted: bool) -> str:
+def _odd(pair: Pair, looked_at: Sequence[Evidence], *, weighted: bool, unlike: NDArray[np.int64] | None) -> str:
     """Rows whose blocks few importances explain; or that are ours but for some blocks, which are no worse than ours."""
     sample = looked_at[0]
-    if not weighted and not sample.identical:
+    if not weighted and not sample.identical and unlike is None:
         return ""
     for evidence in looked_at[1:]:
         flags = evidence.odd if weighted else ~evidence.same
@@ -551,10 +597,12 @@ def _odd(pair: Pair, looked_at: Sequence[Evidence], *, weighted: bool) -> str:
         if len(rows):
             first, last = np.flatnonzero(flags[evidence.rows == rows[0]][0])[[0, -1]]
             n = evidence.x.shape[1] // flags.shape[1]
-            where = f"{_ranges(rows, pair.n_rows)}, weights {first * n}-{(last + 1) * n - 1}: "
+            where = f"{_ranges(rows if unlike is None else unlike, pair.n_rows)}, "
+            where += f"weights {first * n}-{(last + 1) * n - 1}: "
             if weighted:
                 return where + "not the source's length; right only for an odd importance matrix: see --imatrix"
-            return where + "not the bytes that our quantizer gives, which all sampled rows have"
+            others = "sampled" if unlike is None else "other"
+            return where + f"not the bytes that our quantizer gives, which all {others} rows have"
     return ""
 
 
@@ -604,6 +652,7 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
         what = "quantized as if with an importance matrix, or by another quantizer; the file's keys name none"
         yield Problem(Verdict.WARN, _some(names), what)
     odd = [outcome for outcome in outcomes if outcome.odd and outcome.fault is None]
+    odd = [outcome for outcome in odd if not _is_usual(outcome, outcomes)]
     for outcome in odd[:MAX_ODD]:
         yield Problem(Verdict.WARN, outcome.pair.name, outcome.odd)
     if len(odd) > MAX_ODD:
@@ -613,6 +662,16 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
     if names:
         what = "lost more than most importance matrices make a type lose; sound if that is the matrix's doing, which "
         yield Problem(Verdict.WARN, _some(names), what + "--imatrix FILE can tell")
+
+
+def _is_usual(outcome: _Outcome, outcomes: Sequence[_Outcome]) -> bool:
+    """Whether most other tensors of its type have rows of other bytes too: another compilation of ggml."""
+    others = [
+        other.error.identical
+        for other in outcomes
+        if other.pair.qtype is outcome.pair.qtype and other.pair.source.evaluated and other is not outcome
+    ]
+    return outcome.is_alone and sum(others) < len(others) / 2
 
 
 def _notes(outcomes: Sequence[_Outcome]) -> Iterator[str]:

@@ -56,6 +56,14 @@ def test_what_does_not_cover_is_told(part: Part) -> None:
     assert [part in notice for part, notice in zip(("blk.99", "blk.2.", "blk.3."), notices, strict=True)] == [True] * 3
 
 
+def test_importances_that_are_all_zero_are_told(part: Part) -> None:
+    entries = measured(part)
+    name = "blk.2.ffn_up.weight"
+    entries[name] = Entry(np.zeros_like(entries[name].sums), entries[name].counts)
+    (notice,) = match_importance(ImportanceMatrix(Path("i.gguf"), entries), part).notices
+    assert "all zero" in notice and notice.endswith(name)
+
+
 @pytest.mark.parametrize("kind", ["other names", "other lengths"])
 def test_another_models_matrix_is_refused(part: Part, kind: str) -> None:
     entries = measured(part)

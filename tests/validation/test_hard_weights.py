@@ -82,6 +82,11 @@ def waves(rng: Rng, shape: tuple[int, int]) -> np.ndarray:
     return np.sin(0.1 * np.arange(shape[1]) + rng.uniform(0, 6, (shape[0], 1)))
 
 
+def constant(rng: Rng, shape: tuple[int, int]) -> np.ndarray:
+    """Each row one value: most importances then give the same bytes as none."""
+    return np.full(shape, 1.0) * rng.standard_normal((shape[0], 1))
+
+
 Rows = Callable[[Rng, tuple[int, int]], np.ndarray]
 ROWS: dict[str, Rows] = {
     make.__name__: make
@@ -104,6 +109,8 @@ WEIGHTS: dict[str, Callable[[Rng, int], np.ndarray]] = {
     "peaked": peaked,
     "mostly idle": lambda rng, n: np.where(rng.random(n) < 0.9, 0, rng.chisquare(1, n)),
     "of many decades": lambda rng, n: 10.0 ** rng.uniform(-12, 6, n),
+    "one of 32": lambda rng, n: np.where(np.arange(n) % 32 < 31, 1e-10, 1.0),
+    "tiny": lambda rng, n: 1e-35 * rng.chisquare(1, n),
 }
 WEIGHTED = [qtype for qtype, quantizer in QUANTIZERS.items() if quantizer.weighted is not None]
 every_type = pytest.mark.parametrize("qtype", WEIGHTED, ids=lambda qtype: qtype.name)
@@ -220,6 +227,17 @@ def test_no_sound_file_fails(rows: Rows, weights: str, tmp_path: Path) -> None:
         assert known.n_identical == len(known.errors)
 
 
+@pytest.mark.parametrize("weights", ["one of 32", "tiny"])
+def test_rows_of_one_value_do_not_fail(weights: str, tmp_path: Path) -> None:
+    """Where most blocks have our bytes by chance, the others may have those of an unknown matrix."""
+    source = source_of(constant, tmp_path / "source")
+    imatrix = importances(source, weights)
+    for each in gguf3n.convert(source.source, ["Q4_1", "Q6_K", "IQ4_NL", "IQ1_S"], tmp_path, imatrix=imatrix):
+        unknown = check(each.path, source)
+        assert unknown.verdict is not Verdict.FAIL, (each.path.name, unknown.problems)
+        assert not check(each.path, source, imatrix).problems
+
+
 def scale_bit(bit: int) -> Callable[[np.ndarray], None]:
     def damage(blocks: np.ndarray) -> None:
         blocks[77:78]["d"].view(np.uint16)[:] ^= 1 << bit
@@ -246,7 +264,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Par
     directory = tmp_path_factory.mktemp("sound")
     source = source_of(lambda rng, shape: rng.standard_normal(shape), directory / "source")
     imatrix = importances(source, "ordinary")
-    quants = ["Q4_0", "Q4_K_M", "IQ2_XS"]
+    quants = ["Q4_0", "Q4_K_M", "IQ2_XS", "IQ3_S", "Q8_0"]
     made = gguf3n.convert(source.source, quants, directory, imatrix=imatrix)
     paths = {each.plan.recipe.name: each.path for each in made}
     return lambda quant: (source, imatrix, paths[quant])
@@ -270,6 +288,42 @@ def test_one_damaged_block_is_found(quant: str, damage: str, name: str, sound: C
         is_possible = known is None and (quant, damage, name) == ("IQ2_XS", "bit of 4", TENSOR)
         assert problems[0].verdict is (Verdict.WARN if is_possible else Verdict.FAIL), problems
         assert re.match(r"rows? \d+|\d+ of 256 sampled rows", problems[0].what), problems
+
+
+@pytest.mark.parametrize("field", ["scales", "qs"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "IQ2_XS", "IQ3_S", "Q8_0"])
+def test_a_single_bit_is_told_with_the_matrix(quant: str, field: str, sound: Callable, tmp_path: Path) -> None:
+    """Of a small scale, or of a level, which no rule and no error tells; and of Q8_0, which needs no matrix."""
+    source, imatrix, path = sound(quant)
+    copy = Path(shutil.copy(path, tmp_path / "copy.gguf"))
+    tensor = open_gguf(copy, strict=False).tensors[TENSOR]
+    block = GGML_TYPES[tensor.qtype].block
+    field = field if field in (block.names or ()) else "qs"
+    data = np.memmap(copy, np.uint8, "r+", tensor.offset, (tensor.n_bytes,))
+    data.view(block)[77:78][field].view(np.uint8).reshape(-1)[-1] ^= 0x80
+    data.flush()
+    result = check(copy, source, None if quant == "Q8_0" else imatrix)
+    (problem,) = result.problems
+    assert problem.where == TENSOR
+    row = 77 * GGML_TYPES[tensor.qtype].weights // 256
+    assert problem.what.startswith((f"row {row} of 256", f"1 of 256 sampled rows from {row} to {row}"))
+    assert [error.name for error in result.errors if not error.identical] == [TENSOR]
+
+
+def test_many_rows_of_other_bytes_are_another_compilation(sound: Callable, tmp_path: Path) -> None:
+    """In most tensors of a type: a level of a row in each."""
+    source, imatrix, path = sound("Q4_0")
+    copy = Path(shutil.copy(path, tmp_path / "copy.gguf"))
+    tensors = [t for t in open_gguf(copy, strict=False).tensors.values() if t.qtype is QType.Q4_0]
+    for tensor in tensors:
+        data = np.memmap(copy, np.uint8, "r+", tensor.offset, (tensor.n_bytes,))
+        block = data.view(GGML_TYPES[QType.Q4_0].block)
+        smallest = np.flatnonzero(block[8:9]["qs"].reshape(-1) & 0xF == 8)[0]
+        block[8:9]["qs"].reshape(-1)[smallest] ^= 0xF  # from 0 to the level below
+        data.flush()
+    result = check(copy, source, imatrix)
+    assert result.verdict is Verdict.PASS
+    assert not {error.name for error in result.errors if error.identical} & {tensor.name for tensor in tensors}
 
 
 def test_another_scale_fails_with_the_matrix_and_is_not_hidden_without(sound: Callable, tmp_path: Path) -> None:
