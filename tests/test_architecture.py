@@ -22,7 +22,7 @@ BELOW: dict[str, set[str]] = {
     "outside": set(),
     "errors": {"outside"},
     "progress": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "formats": {"errors", "outside"},
     "quants": {"errors", "formats"},
     "recipes": {"errors", "formats"},
@@ -31,7 +31,7 @@ BELOW: dict[str, set[str]] = {
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
     "planning": {"errors", "formats", "gemma3n", "inspection", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
-    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes"},
+    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "workers"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
