@@ -703,7 +703,7 @@ def test_nothing_is_left_when_even_the_header_fails(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(whole_file, "_lock", fail)
+    monkeypatch.setattr(whole_file, "lock", fail)
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
         GGUFWriter(tmp_path / "x.gguf", LAYOUT).__enter__()
     assert list(tmp_path.iterdir()) == []
