@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import QType, row_bytes
-from gguf3n.formats.rows import Values
+from gguf3n.formats.rows import Values, largest_magnitude
 from gguf3n.validation.bands import FEW, HOLDS, MARGIN, ROW_RATIO, Spread
 from gguf3n.validation.rules import RULES, are_strangers, floor, impossible, off_columns, rule_breakers
 from gguf3n.validation.weights import dequantize_into
@@ -277,8 +277,13 @@ def requantize(
     return blocks, own
 
 
-def own_blocks(x: Values, qtype: QType, quant_weights: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+def own_blocks(
+    x: Values, qtype: QType, quant_weights: NDArray[np.float32] | None = None, largest: float | None = None
+) -> NDArray[np.uint8]:
     """What our quantizer makes of rows; all columns weigh the same where none are given and the type needs some.
+
+    Args:
+        largest: the largest magnitude, where it is known.
 
     Shapes: uint8[n_rows, row_bytes].
     """
@@ -290,7 +295,7 @@ def own_blocks(x: Values, qtype: QType, quant_weights: NDArray[np.float32] | Non
     if quant_weights is None and QUANTIZERS[qtype].plain is None:
         quant_weights = np.ones(x.shape[1], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        quantize_rows(x, qtype, quant_weights, blocks, float(np.abs(x).max(initial=0)))
+        quantize_rows(x, qtype, quant_weights, blocks, largest_magnitude(x) if largest is None else largest)
     return blocks
 
 

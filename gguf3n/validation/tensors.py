@@ -4,8 +4,8 @@ Each row's relative error is measured, and what its worst unit of weights is lik
 those that stand out, are quantized again with our own quantizer (see evidence), whose bytes are llama.cpp's:
 
     the sample has our bytes     the tensor is proved, and so is each row that stands out: it has them too, or is wrong
-    all rows are compared        with the importance matrix at hand, and where quantizing is no slower than reading: in
-                                 the same pass; a few rows of other bytes are then told
+    all rows are compared        with the importance matrix at hand, in the same pass; a few rows of other bytes are
+                                 then told
     most of it has, or no        the file is sound where its error is that of its type on these very weights, and its
     importances were used        levels are those that the weights round to (see bands and yardsticks): ggml may have
                                  been compiled in another way
@@ -100,9 +100,6 @@ MAX_DAMAGED = 16
 SOME_BLOCKS = 0.5
 """Of such a row."""
 IMATRIX_KEYS = "quantize.imatrix."
-
-CHEAP = frozenset({QType.F16, QType.BF16, QType.Q8_0})
-"""Types of which every row is quantized again, whatever else is known. F32 needs none: its errors are exact."""
 
 ROUTES: tuple[tuple[QType, str, Verdict | None], ...] = (
     (QType.BF16, "were rounded to BF16 on the way", None),
@@ -346,14 +343,15 @@ class _Work:
         pair, rows = self.pairs[index], slice(first_row, first_row + chunk.n_rows)
         x, q = (values[: chunk.n_weights].reshape(chunk.n_rows, -1) for values in (x, q))
         blocks = raw[: chunk.n_rows * pair.stored.row_bytes].reshape(chunk.n_rows, -1)
-        self.reader.fill(chunk.rows, chunk.first, x)
+        largest = self.reader.fill(chunk.rows, chunk.first, x)
         self.reader.file_bytes(pair, first_row, blocks)
         dequantize_into(blocks, pair.qtype, q)
         unit = SMALL_UNIT if GGML_TYPES[pair.qtype].weights == 32 else UNIT
         sum_rows(x, q, self.sums[index][rows], unit, floor(pair.qtype, unit))
         if self.judge.compares_all(pair):
-            ours = own_blocks(x, pair.qtype, self.judge.quant_weights.get(pair.name))
-            self.unlike[index][rows] = (ours != blocks).any(axis=1)
+            ours = own_blocks(x, pair.qtype, self.judge.quant_weights.get(pair.name), largest)
+            if not np.array_equal(ours, blocks):
+                self.unlike[index][rows] = (ours != blocks).any(axis=1)
 
 
 class _Judge:
@@ -366,7 +364,7 @@ class _Judge:
 
     def compares_all(self, pair: Pair) -> bool:
         """Whether every row is quantized again."""
-        return pair.source.evaluated and (bool(self.quant_weights) or pair.qtype in CHEAP)
+        return pair.source.evaluated and bool(self.quant_weights)
 
     def judge(self, pair: Pair, sums: NDArray[np.float64], unlike: NDArray[np.int64]) -> _Outcome:
         """Args: unlike: the rows that have not our bytes, where all were compared."""

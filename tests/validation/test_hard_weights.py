@@ -268,7 +268,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Par
     directory = tmp_path_factory.mktemp("sound")
     source = source_of(lambda rng, shape: rng.standard_normal(shape), directory / "source")
     imatrix = importances(source, "ordinary")
-    quants = ["Q4_0", "Q4_K_M", "IQ2_XS", "IQ3_S", "Q8_0"]
+    quants = ["Q4_0", "Q4_K_M", "IQ2_XS", "IQ3_S"]
     made = gguf3n.convert(source.source, quants, directory, imatrix=imatrix)
     paths = {each.plan.recipe.name: each.path for each in made}
     return lambda quant: (source, imatrix, paths[quant])
@@ -295,9 +295,9 @@ def test_one_damaged_block_is_found(quant: str, damage: str, name: str, sound: C
 
 
 @pytest.mark.parametrize("field", ["scales", "qs"])
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "IQ2_XS", "IQ3_S", "Q8_0"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "IQ2_XS", "IQ3_S"])
 def test_a_single_bit_is_told_with_the_matrix(quant: str, field: str, sound: Callable, tmp_path: Path) -> None:
-    """Of a small scale, or of a level, which no rule and no error tells; and of Q8_0, which needs no matrix."""
+    """Of a small scale, or of a level, which no rule and no error tells."""
     source, imatrix, path = sound(quant)
     copy = Path(shutil.copy(path, tmp_path / "copy.gguf"))
     tensor = open_gguf(copy, strict=False).tensors[TENSOR]
@@ -306,7 +306,7 @@ def test_a_single_bit_is_told_with_the_matrix(quant: str, field: str, sound: Cal
     data = np.memmap(copy, np.uint8, "r+", tensor.offset, (tensor.n_bytes,))
     data.view(block)[77:78][field].view(np.uint8).reshape(-1)[-1] ^= 0x80
     data.flush()
-    result = check(copy, source, None if quant == "Q8_0" else imatrix)
+    result = check(copy, source, imatrix)
     (problem,) = result.problems
     assert problem.where == TENSOR
     row = 77 * GGML_TYPES[tensor.qtype].weights // 256
