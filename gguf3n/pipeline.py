@@ -96,7 +96,8 @@ class _Place:
 
 @dataclass
 class _Wanted:
-    """Rows in one type with the same importances, and everywhere they go. `planned` is the first that wants them."""
+    """Rows in one type with the same importances, refined alike, and everywhere they go. `planned` is the first that
+    wants them."""
 
     planned: PlannedTensor
     places: list[_Place]
@@ -104,7 +105,7 @@ class _Wanted:
 
 def _meet(outputs: Sequence[tuple[Plan, GGUFWriter]]) -> dict[Rows, list[_Wanted]]:
     """What the outputs want of each row range, in the order in which they name them."""
-    wanted: dict[Rows, dict[tuple[QType, int], _Wanted]] = {}
+    wanted: dict[Rows, dict[tuple[QType, int, int], _Wanted]] = {}
     for plan, writer in outputs:
         for planned in plan.tensors:
             slot = planned.slot
@@ -112,7 +113,8 @@ def _meet(outputs: Sequence[tuple[Plan, GGUFWriter]]) -> dict[Rows, list[_Wanted
             offset = slot.offset
             for rows in planned.source.rows:
                 kinds = wanted.setdefault(rows, {})
-                kind = kinds.setdefault((slot.qtype, id(planned.quant_weights)), _Wanted(planned, []))
+                key = (slot.qtype, id(planned.quant_weights), id(planned.refinement))
+                kind = kinds.setdefault(key, _Wanted(planned, []))
                 kind.places.append(_Place(writer, offset))
                 offset += rows.n_rows * n_row_bytes
     return {rows: list(kinds.values()) for rows, kinds in wanted.items()}
@@ -183,6 +185,10 @@ class _Work:
                 found=f"a weight of magnitude {largest:g}",
                 fix=planned.wider,
             )
+        if planned.refinement is not None:
+            from gguf3n.quants.refinement import refine_rows
+
+            refine_rows(rows, qtype, planned.refinement.correlations(planned.slot.name), out)
 
 
 def _not_finite(chunk: Chunk, values: Values) -> QuantizationError:

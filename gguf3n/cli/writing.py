@@ -45,6 +45,7 @@ class Writing:
     no_audio: options.NoAudio = False
     like: options.Like = None
     imatrix: options.Imatrix = None
+    refine: options.Refine = None
     ple: options.Ple = None
     token_embd: options.TokenEmbd = None
     tensor_types: options.TensorTypes = None
@@ -75,6 +76,7 @@ class Writing:
             tensor_types=self.tensor_types or (),
             keep=self.keep,
             imatrix=self.imatrix,
+            refine=self.refine,
             threads=self.threads,
             force=self.force,
         )
@@ -182,7 +184,7 @@ def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan
     """The same file by another recipe."""
     recipe = find_recipe(against, plan.recipe.part)
     if plan.part.kind is PartKind.TEXT:
-        return plan_all(plan.part, [recipe], conversion.imatrix)[0]
+        return plan_all(plan.part, [recipe], conversion.imatrix, conversion.correlations)[0]
     return make_plan(plan.part, recipe)
 
 
@@ -217,11 +219,19 @@ def _type_counts(plan: Plan) -> str:
     return ", ".join(f"{count} {qtype.name}" for qtype, count in plan.type_counts.items())
 
 
+def _refined(plan: Plan) -> str:
+    """How much of a file is refined."""
+    n_rows = sum(tensor.source.n_rows for tensor in plan.refined)
+    return f"refined: {n_rows:,} rows of {len(plan.refined)} tensors"
+
+
 def _print_written(written: Sequence[Conversion]) -> None:
     for conversion in written:
         plan = conversion.plan
         say(str(conversion.path))
         say(f"  {human_bytes(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits a weight, {_type_counts(plan)}")
+        if plan.refined:
+            say(f"  {_refined(plan)}")
     say(f"{written[0].seconds:.1f} s")
 
 
@@ -239,6 +249,8 @@ def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
     for number, (rule, reason) in enumerate(reasons, 1):
         say(f"[{number}] {rule}: {reason}")
     say(f"{len(plan.tensors)} tensors: {_type_counts(plan)}")
+    if plan.refined:
+        say(_refined(plan))
     say(f"{plan.total_bytes:,} bytes ({human_bytes(plan.total_bytes)}), {plan.bits_per_weight:.2f} bits a weight")
     if against is not None:
         n_different = sum(row[-1] != "" for row in rows[1:])
@@ -257,6 +269,7 @@ def _plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Pl
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "n_weights": plan.part.n_weights,
         "types": {qtype.name: count for qtype, count in plan.type_counts.items()},
+        "refined": {"tensors": len(plan.refined), "rows": sum(tensor.source.n_rows for tensor in plan.refined)},
         "findings": [finding.as_dict() for finding in plan.findings],
     }
     if with_tensors:
@@ -269,6 +282,7 @@ def _plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Pl
                 "offset": tensor.slot.offset,
                 "rule": tensor.rule,
                 "reason": tensor.reason,
+                "refined": tensor.refinement is not None,
             }
             for tensor in plan.tensors
         ]

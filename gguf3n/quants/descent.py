@@ -176,9 +176,7 @@ def error_of(X: np.ndarray, P: np.ndarray, F: np.ndarray, G: np.ndarray, n: int,
 
 
 @inlined
-def spread(
-    G: np.ndarray, D: np.ndarray, moved: np.ndarray, n_moved: int, H: np.ndarray, start: int, end: int
-) -> None:
+def spread(G: np.ndarray, D: np.ndarray, moved: np.ndarray, n_moved: int, H: np.ndarray, start: int, end: int) -> None:
     """Add D[c] * H[moved[c], k] to G[k] for the columns k from start to end, in the order of c."""
     for k in range(start, end, AT_ONCE):
         g0 = load(G, k)

@@ -28,7 +28,8 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Bits:
-    """Where some bits of consecutive integers lie: in `n_groups` groups of `n_bytes` bytes of a field, from byte `first`.
+    """Where some bits of consecutive integers lie: in `n_groups` groups of `n_bytes` bytes of a field, from byte
+    `first` of it.
 
     The integers go through a group's bytes `times` times: `width` bits of each byte, from bit `shift` upwards. They
     are bits `place` and up of the integers, and are stored with those of `flip` turned over.
