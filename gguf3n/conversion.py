@@ -126,9 +126,10 @@ def parse_options(
     output = None if output is None else Path(output)
     output_paths([PART_KINDS[recipe.part].value.format(name="NAME", quant=recipe.name) for recipe in recipes], output)
     matrix, correlations = as_imatrix(imatrix), as_correlations(refine)
-    inputs = (*like, *(each.path for each in (matrix, correlations) if each is not None))
+    inputs: list[str | Path] = [*like]
+    inputs += [each.path for each in (matrix, correlations) if each is not None]
     return ConversionOptions(
-        tuple(recipes), output, matrix, correlations, threads, force, vision, audio, force_types, inputs
+        tuple(recipes), output, matrix, correlations, threads, force, vision, audio, force_types, tuple(inputs)
     )
 
 

@@ -36,8 +36,8 @@ BLOCK = 256
 """Columns of a block: those of a super-block, whose codes are chosen together."""
 
 DAMPING = np.float32(0.01)
-"""Of its own diagonal, added to a matrix. Why: of few inputs, it has directions that count for nothing, and float32 sums
-are not exact."""
+"""Of its own diagonal, added to a matrix. Why: of few inputs, it has directions that count for nothing, and sums of
+float32 are not exact."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,16 @@ def as_correlations(given: str | Path | Correlations | None) -> Correlations | N
     if not isinstance(given, str | Path):
         raise UsageError("not correlations", expected="a file or Correlations", found=shown(given))
     return read_correlations(given)
+
+
+def correlations_path(imatrix: Path) -> Path:
+    """Where correlations go that are measured together with an importance matrix: beside it."""
+    return imatrix.with_name(f"{imatrix.stem}-{KIND}.gguf")
+
+
+def block_width(n_columns: int, *, whole: bool) -> int:
+    """The width of an entry's blocks."""
+    return n_columns if whole else min(BLOCK, n_columns)
 
 
 def is_correlations(path: str | Path) -> bool:

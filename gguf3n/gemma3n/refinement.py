@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import QuantizationError
-from gguf3n.formats.correlations import Correlations
+from gguf3n.formats.correlations import Correlations, block_width
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
+from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.importance import some_names
-from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.mapping import Rule, Storage
 from gguf3n.gemma3n.part import Part
+from gguf3n.gemma3n.text import dimensions, written_order
 
 SAME_INPUT: Mapping[str, str] = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
 """Matrices that read what another one reads, which has the entry for both."""
@@ -33,6 +35,22 @@ def entry_name(name: str) -> str:
     """The entry that a tensor's correlations are in, as blk.3.attn_q.weight for blk.3.attn_k.weight."""
     parts = name.split(".")
     return ".".join(SAME_INPUT.get(part, part) for part in parts)
+
+
+def has_own_entry(rule: Rule, bid: int | None) -> bool:
+    """Whether correlations are measured for a tensor of a layer: a matrix that is quantized, the first of its input."""
+    name = rule.name(bid)
+    return bid is not None and rule.storage is Storage.QUANTIZABLE and entry_name(name) == name
+
+
+def measured_bytes(config: Config, *, whole: bool) -> int:
+    """Of all correlations of a model's layers."""
+    lengths = [
+        dimensions(config, bid)[rule.shape[-1]]
+        for rule, bid in written_order(config.num_hidden_layers)
+        if has_own_entry(rule, bid)
+    ]
+    return sum(4 * n * block_width(n, whole=whole) for n in lengths)
 
 
 class Refinement:

@@ -197,8 +197,9 @@ def _levels() -> Bytes:
 
 def _offset(bits: Bits, qtype: QType) -> int:
     """The first of the bytes that the integers go through."""
-    _, offset = (GGML_TYPES[qtype].block.fields or {})[bits.field][:2]
-    return int(offset + bits.first)
+    fields = GGML_TYPES[qtype].block.fields
+    assert fields is not None
+    return int(fields[bits.field][1]) + bits.first
 
 
 def _take(raw: Bytes, described: Sequence[Bits], qtype: QType) -> Bytes:
