@@ -103,7 +103,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     conversion = wanted.conversion()
     source = read()
     if validation is not None:
-        validation = replace(validation, imatrix=conversion.imatrix)
+        validation = replace(validation, imatrix=conversion.imatrix, correlations=conversion.correlations)
         check_extra(source, validation, validation.stages)
         if Stage.LOGITS in validation.stages:
             check_fits(source)

@@ -27,6 +27,10 @@ N_HELD = 2
 """Correlations that are kept in memory: of the tensor in work, and of the next one where workers have come so far."""
 
 
+ENOUGH = 8
+"""Inputs for each column of a block. Why: of fewer, much of what seems to go together does so by chance, and what is
+gained on these inputs is lost on others."""
+
 LARGE = 64 << 20
 """Bytes of an entry, more than the rest of a conversion takes; of blocks, E4B's largest has 17 million."""
 
@@ -126,6 +130,14 @@ def match_correlations(correlations: Correlations, part: Part) -> Refinement:
     if lacking:
         notices.append(
             f"{correlations.path}: no entry for {len(lacking)} matrices, which are not refined: {some_names(lacking)}"
+        )
+    scarce = [name for name, entry in correlations.entries.items() if entry.count < ENOUGH * entry.width]
+    if scarce:
+        least = min(scarce, key=lambda name: correlations.entries[name].count / correlations.entries[name].width)
+        entry = correlations.entries[least]
+        notices.append(
+            f"{correlations.path}: {len(scarce)} entries are of few inputs, {entry.count:,.0f} of {entry.width:,} "
+            f"columns in {least}: {ENOUGH} for each column make better codes"
         )
     if correlations.largest_bytes > LARGE:
         held = (N_HELD + 1) * correlations.largest_bytes
