@@ -278,7 +278,7 @@ def test_correlations_are_those_of_the_inputs(tiny_checkpoint: Path) -> None:
             assert diagonal == pytest.approx(blocks[1].sums[name], rel=1e-4)
             square = other.read(name)
             assert square.shape == (entry.n_columns, entry.n_columns)
-            assert square[:256, :256] == pytest.approx(sums[:256], rel=1e-3, abs=1e-3 * np.abs(sums).max())
+            assert square[:256, :256] == pytest.approx(sums[:256], rel=1e-3, abs=1e-3 * float(np.abs(sums).max()))
     with pytest.raises(UsageError, match="blocks or full"):
         next(measure_chunks(tiny_checkpoint, [TEXT], device="cpu", correlations="half"))
 
