@@ -39,6 +39,12 @@ if TYPE_CHECKING:
         TokenizerError,
         UsageError,
     )
+    from gguf3n.formats.correlations import (
+        Correlations,
+        merge_correlations,
+        read_correlations,
+        write_correlations,
+    )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
     from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
@@ -74,6 +80,7 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "ConversionOptions",
+    "Correlations",
     "Decision",
     "Difference",
     "Divergence",
@@ -150,6 +157,7 @@ __all__ = [
     "lint",
     "measure_importance",
     "measure_statistics",
+    "merge_correlations",
     "merge_imatrices",
     "mmproj_part",
     "open_gguf",
@@ -157,6 +165,7 @@ __all__ = [
     "parse_validation",
     "plan",
     "quantize",
+    "read_correlations",
     "read_gguf",
     "read_imatrix",
     "read_recipe",
@@ -165,6 +174,7 @@ __all__ = [
     "text_part",
     "validate",
     "write",
+    "write_correlations",
     "write_imatrix",
     "write_report",
 ]
@@ -176,6 +186,7 @@ _HOMES = {
     "ConfigError": "errors",
     "Conversion": "conversion",
     "ConversionOptions": "conversion",
+    "Correlations": "formats.correlations",
     "Decision": "recipes",
     "Difference": "inspection.diff",
     "Divergence": "validation.divergence",
@@ -252,6 +263,7 @@ _HOMES = {
     "lint": "inspection.lint",
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
+    "merge_correlations": "formats.correlations",
     "merge_imatrices": "formats.imatrix",
     "mmproj_part": "gemma3n.part",
     "open_gguf": "formats.gguf_reader",
@@ -259,6 +271,7 @@ _HOMES = {
     "parse_validation": "validation.options",
     "plan": "conversion",
     "quantize": "quants.api",
+    "read_correlations": "formats.correlations",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
     "read_recipe": "conversion",
@@ -267,6 +280,7 @@ _HOMES = {
     "text_part": "gemma3n.part",
     "validate": "validation.validate",
     "write": "conversion",
+    "write_correlations": "formats.correlations",
     "write_imatrix": "formats.imatrix",
     "write_report": "validation.report",
 }

@@ -70,13 +70,14 @@ def run(
         file stands under its final name unless all are complete.
     """
     from gguf3n.quants.api import quantize_rows
+    from gguf3n.quants.refinement import refine_rows
 
     widen = compiled_widen()  # before there are files: while Python loads modules it can lose an interrupt
     stop = threading.Event()
     try:
         with ExitStack() as stack:
             opened = [(plan, stack.enter_context(GGUFWriter(path, plan.layout, force=force))) for plan, path in outputs]
-            work = _Work(opened, RowReader(widen), quantize_rows, stop, progress, chunk_weights)
+            work = _Work(opened, RowReader(widen), quantize_rows, refine_rows, stop, progress, chunk_weights)
             stack.callback(work.reader.close)
             run_workers(work.loop, threads or default_threads(), stop, work.meter.report)
             work.reader.check_unchanged()
@@ -128,6 +129,7 @@ class _Work:
         outputs: Sequence[tuple[Plan, GGUFWriter]],
         reader: RowReader,
         quantize_rows: Callable[..., bool],
+        refine_rows: Callable[..., None],
         stop: threading.Event,
         progress: OnProgress | None,
         chunk_weights: int,
@@ -137,6 +139,7 @@ class _Work:
         self.meter = Meter("writing", "bytes", sum(rows.stored_bytes for rows in self.wanted), progress)
         self.reader = reader
         self.quantize_rows = quantize_rows
+        self.refine_rows = refine_rows
         self.chunks: Iterator[Chunk] = (chunk for rows in self.wanted for chunk in chunks(rows, chunk_weights))
         self.lock = threading.Lock()
         self.largest = max((chunk_weights, *(rows.n_per_row for rows in self.wanted)))
@@ -186,9 +189,7 @@ class _Work:
                 fix=planned.wider,
             )
         if planned.refinement is not None:
-            from gguf3n.quants.refinement import refine_rows
-
-            refine_rows(rows, qtype, planned.refinement.correlations(planned.slot.name), out)
+            self.refine_rows(rows, qtype, planned.refinement.correlations(planned.slot.name), out)
 
 
 def _not_finite(chunk: Chunk, values: Values) -> QuantizationError:

@@ -26,7 +26,6 @@ REFINE_KEYS = "quantize.refine."
 N_HELD = 2
 """Correlations that are kept in memory: of the tensor in work, and of the next one where workers have come so far."""
 
-
 ENOUGH = 8
 """Inputs for each column of a block. Why: of fewer, much of what seems to go together does so by chance, and what is
 gained on these inputs is lost on others."""

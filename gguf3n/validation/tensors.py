@@ -418,9 +418,9 @@ class _Judge:
         if weighted and sample.is_ours and may_be_ours:
             weighted = refined = False
             sample = sample if sample.identical else self.look(pair, sample.rows, weighted=False)
-        allowed = limits(pair.qtype, weighted=weighted and self.is_weighted(pair), refined=refined)
+        allowed = self.allowed(pair, weighted=weighted, refined=refined)
         route = None
-        if not sample.is_sound(allowed, pair.qtype):
+        if not refined and not sample.is_sound(allowed, pair.qtype):
             route, sample = self.by_way_of(pair, sample, weighted=weighted)
         suspects = _suspects(sums, errors, sample)
         is_few = sample.identical or len(unlike) <= MAX_DAMAGED
@@ -450,6 +450,10 @@ class _Judge:
         used = band.weighted is not None and (self.weighted or band.plain is None)
         return used and pair.name not in self.quant_weights
 
+    def allowed(self, pair: Pair, *, weighted: bool, refined: bool) -> Spread:
+        """What its rows may be like."""
+        return limits(pair.qtype, weighted=self.is_weighted(pair) if refined else weighted, refined=refined)
+
     def known(self, pair: Pair) -> str:
         """What makes its rows, where that is at hand, and its verb."""
         if self.correlations(pair) is not None:
@@ -459,8 +463,9 @@ class _Judge:
 
     def is_refined(self, pair: Pair) -> bool:
         """Whether its codes may be refined by what is not at hand."""
-        may_be = self.refined and GGML_TYPES[pair.qtype].refinable and pair.source.evaluated
-        return may_be and (self.correlations(pair) is None or self.is_weighted(pair))
+        if not self.refined or not pair.source.evaluated or not GGML_TYPES[pair.qtype].refinable:
+            return False
+        return self.refinement is None or (self.refinement.refines(pair.name, pair.qtype) and self.is_weighted(pair))
 
     def correlations(self, pair: Pair) -> Values | None:
         """Those at hand that its codes were refined with."""
@@ -491,7 +496,7 @@ class _Judge:
             blocks,
             q,
             self.quant_weights.get(pair.name),
-            limits(pair.qtype, weighted=weighted, refined=refined),
+            self.allowed(pair, weighted=weighted, refined=refined),
             weighted=weighted,
             refined=refined,
             correlations=None if refined else self.correlations(pair),
@@ -686,7 +691,7 @@ def _faults(outcomes: Sequence[_Outcome], judge: _Judge, tensors: Sequence[Mappe
         pair, fault = outcome.pair, outcome.fault
         refined = judge.is_refined(pair)
         weighted = refined or judge.is_weighted(pair)
-        allowed = limits(pair.qtype, weighted=weighted, refined=refined)
+        allowed = judge.allowed(pair, weighted=weighted, refined=refined)
         evidence = judge.look(pair, fault.rows, weighted=weighted, refined=refined)
         text = fault.text
         if not text:
