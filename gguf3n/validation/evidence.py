@@ -183,7 +183,8 @@ def examine(
     if refined:
         bad |= strange | _is_gone(q, own) | (_lengths(x, q, own) < FACTORS[0])
         a, b, c = (values.reshape(same.size, -1) for values in (x, q, own))
-        odd = (_unrelated(a, b) | (_lengths(a, b, c) < FACTORS[0])).reshape(same.shape) & ~same
+        unlike: Flags = _unrelated(a, b) | (_lengths(a, b, c) < FACTORS[0])
+        odd = unlike.reshape(same.shape) & ~same
     elif weighted and not same.all():
         odd = odd | (strange[:, None] & ~same)
         filled, ours = _filled(q, same), _filled(own, same)
