@@ -232,7 +232,7 @@ def _filled(values: Values, blocks: Flags) -> Flags:
 
 def _is_gone(q: Values, own: Values) -> Flags:
     """Whether rows are zero where ours are not."""
-    found: Flags = ~q.any(axis=1) & own.any(axis=1)
+    found: Flags = np.asarray(~q.any(axis=1) & own.any(axis=1))
     return found
 
 
