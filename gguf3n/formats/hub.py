@@ -28,7 +28,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from gguf3n.formats.checkpoint import (
     weight_map,
 )
 from gguf3n.formats.remote import RemoteFile
-from gguf3n.formats.rows import Stored
+from gguf3n.formats.rows import SourceTensor
 from gguf3n.outside import inert, masked, one_line
 
 SMALL_FILES = (
@@ -186,7 +186,7 @@ def fetch_checkpoint(
     return FetchedCheckpoint(directory, repo_id, revision, commit, tuple(weight_files), from_cache)
 
 
-def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, Stored]:
+def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint whose weights may still be on the Hub; only the headers are fetched.
 
     Exact: equal to `read_tensor_table` of the directory once the weights are there. Each shard is imitated by a file of
@@ -206,14 +206,10 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
         if SINGLE not in checkpoint.weights and (checkpoint.directory / INDEX).is_file():
             shutil.copyfile(checkpoint.directory / INDEX, Path(folder, INDEX))
         try:
-            table = read_tensor_table(Path(folder))
+            return read_tensor_table(Path(folder), kept_in=checkpoint.directory)
         except CheckpointError as error:
             what = error.what.replace(folder, checkpoint.repo_id)
             raise CheckpointError(what, expected=error.expected, found=error.found, fix=error.fix) from error
-    return {
-        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name, stamp=None)
-        for name, tensor in table.items()
-    }
 
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> list[str]:

@@ -5,6 +5,7 @@
     View       some rows and columns of other rows: a slice of a larger model
     Repeated   one row of other rows, again and again
     LowRank    other rows with a low-rank product added: a model with an adapter
+    SideBySide other rows, each with some of the columns: a matrix of which several files have a part
 
 A form is a value: it can be compared, is a key of a dictionary, and holds no data. A tensor of a source is a sequence
 of forms, one below the other. To add a form is to write one class with the members of `Rows`, and its test.
@@ -76,6 +77,11 @@ class Rows(Protocol):
         """Where the rows are, in messages: as in "model.safetensors: tensor 'norm.weight'"."""
         ...
 
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """What is read of files for them."""
+        ...
+
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         """Read rows from `first` on; returns the largest magnitude, infinite or NaN where a value is not finite.
 
@@ -134,9 +140,18 @@ class Stored:
     def origin(self) -> str:
         return f"{self.file_name}: tensor {self.name!r}"
 
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return (self,)
+
     def in_rows_of(self, n_per_row: int) -> Stored:
         """The same values in rows of another length, which must be whole blocks and divide them all."""
         return replace(self, shape=(math.prod(self.shape) // n_per_row, n_per_row))
+
+    def some(self, rows: range) -> Stored:
+        """Consecutive rows of it."""
+        offset = self.offset + rows.start * self.row_bytes
+        return replace(self, shape=(len(rows), self.n_per_row), offset=offset)
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         return reader.widen(self.dtype, reader.read_stored(self, first, len(out)), out.reshape(-1))
@@ -152,6 +167,7 @@ class Zeros:
     stored_bytes: ClassVar[int] = 0
     dtypes: ClassVar[frozenset[str]] = frozenset()
     origin: ClassVar[str] = "zeros"
+    stored: ClassVar[tuple[Stored, ...]] = ()
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         out[:] = 0
@@ -191,6 +207,10 @@ class View:
     def origin(self) -> str:
         return self.base.origin
 
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.base.stored
+
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         whole = np.empty((len(out), self.base.n_per_row), np.float32)
         reader.fill(self.base, self.rows.start + first, whole)
@@ -225,6 +245,10 @@ class Repeated:
     def origin(self) -> str:
         return self.base.origin
 
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.base.stored
+
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         largest = reader.fill(self.base, self.row, out[:1])
         out[1:] = out[:1]
@@ -234,7 +258,7 @@ class Repeated:
 def cut(rows: Rows, first: int, n_rows: int) -> Rows:
     """Consecutive rows of these."""
     if isinstance(rows, Stored):
-        return replace(rows, shape=(n_rows, rows.n_per_row), offset=rows.offset + first * rows.row_bytes)
+        return rows.some(range(first, first + n_rows))
     return View(rows, range(first, first + n_rows), (range(rows.n_per_row),))
 
 
@@ -271,6 +295,10 @@ class LowRank:
     def origin(self) -> str:
         return f"{self.base.origin} with {self.a.origin}"
 
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return *self.base.stored, *self.a.stored, *self.b.stored
+
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         reader.fill(self.base, first, out)
         a = reader.factor(self.a)
@@ -280,6 +308,46 @@ class LowRank:
         for k in range(len(a)):
             added += np.float64(b[:, k, None]) * a[k]
         out[:] = out + self.scale * added
+        return largest_magnitude(out)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Other rows, as many of each, that have the columns from left to right."""
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return self.parts[0].n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        return sum(part.n_per_row for part in self.parts)
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return frozenset[str]().union(*(part.dtypes for part in self.parts))
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes for part in self.parts)
+
+    @property
+    def origin(self) -> str:
+        return self.parts[0].origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return tuple(stored for part in self.parts for stored in part.stored)
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        start = 0
+        for part in self.parts:
+            columns = np.empty((len(out), part.n_per_row), np.float32)
+            reader.fill(part, first, columns)
+            out[:, start : start + part.n_per_row] = columns
+            start += part.n_per_row
         return largest_magnitude(out)
 
 
@@ -300,6 +368,11 @@ class SourceTensor:
     def origin(self) -> str:
         """Where it is, in messages."""
         return self.rows[0].origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """What is read of files for it."""
+        return tuple(each for rows in self.rows for each in rows.stored)
 
 
 def stored_tensors(stored: Iterable[Stored]) -> dict[str, SourceTensor]:

@@ -18,7 +18,7 @@ from gguf3n.errors import SourceError, UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_reader import SPLIT_NAME, GGUFFile, open_gguf
 from gguf3n.formats.hub import fetch_checkpoint, fetch_tensor_table, is_repo_id
-from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, Stored, stored_tensors
+from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, stored_tensors
 from gguf3n.formats.small_file import check_checkpoint_files, check_permission
 from gguf3n.gemma3n.config import Config, load_config, parse_config
 from gguf3n.gemma3n.tokenizer import Vocabulary, read_vocabulary
@@ -45,8 +45,8 @@ class Source:
     @property
     def files(self) -> set[Path]:
         """Those that its weights are in."""
-        stored = (rows for tensor in self.tensors.values() for rows in tensor.rows if isinstance(rows, Stored))
-        return {self.path, *(Path(rows.file_name) for rows in stored)}
+        stored = (each for tensor in self.tensors.values() for rows in tensor.rows for each in rows.stored)
+        return {self.path, *(Path(each.file_name) for each in stored)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def open_source(
         origin=str(path),
         path=path,
         name=_last_part(os.path.abspath(path)),
-        tensors=stored_tensors(read_tensor_table(path).values()),
+        tensors=read_tensor_table(path),
     )
 
 
@@ -140,7 +140,7 @@ def _fetched(repo_id: str, revision: str | None, *, weights: bool, show_progress
         origin=fetched.repo_id,
         path=fetched.directory,
         name=_last_part(fetched.repo_id),
-        tensors=stored_tensors(table.values()),
+        tensors=table,
         notices=(cached,) if fetched.from_cache else (),
         repo_id=fetched.repo_id,
     )

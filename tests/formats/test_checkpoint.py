@@ -45,7 +45,10 @@ def test_a_good_file_is_a_list_in_the_order_of_offsets(tmp_path: Path) -> None:
         Stored("a", "F32", (2, 3), path, start),
         Stored("b", "BF16", (4,), path, start + 24),
     ]
-    assert {tensor.name: tensor.stored_bytes for tensor in read_tensor_table(tmp_path).values()} == {"a": 24, "b": 8}
+    assert {name: tensor.rows[0].stored_bytes for name, tensor in read_tensor_table(tmp_path).items()} == {
+        "a": 24,
+        "b": 8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -307,8 +310,8 @@ def test_what_the_safetensors_library_writes(
     path.write_bytes(safetensors.numpy.save(arrays, metadata))
     table = read_tensor_table(tmp_path)
     data = path.read_bytes()
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in table.items()} == specs
-    for name, tensor in table.items():
+    assert {name: (*tensor.dtypes, tensor.shape) for name, tensor in table.items()} == specs
+    for name, (tensor,) in ((name, tensor.stored) for name, tensor in table.items()):
         assert data[tensor.offset : tensor.offset + tensor.stored_bytes] == arrays[name].tobytes()
 
 
@@ -362,6 +365,6 @@ def test_any_json_is_a_checkpoint_error_or_an_empty_checkpoint(
 ) -> None:
     write(tmp_path, value)
     try:
-        assert not [tensor for tensor in read_tensor_table(tmp_path).values() if tensor.stored_bytes]
+        assert not [tensor for tensor in read_tensor_table(tmp_path).values() if tensor.rows[0].stored_bytes]
     except CheckpointError as error:
         assert str(tmp_path) in str(error)
