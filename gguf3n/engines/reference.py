@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
+from gguf3n.formats.rows import RowReader, SourceTensor, chunks
 from gguf3n.gemma3n.names import TEXT_PREFIX
-from gguf3n.gemma3n.source import Source, open_checkpoint
+from gguf3n.gemma3n.source import Checkpoint, Source, open_checkpoint
 
 _TEXT_NAMES = {TEXT_PREFIX.pattern: "model."}
 """Every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses."""
@@ -67,7 +68,7 @@ class Reference:
             )
         model = load_model(
             transformers.Gemma3nForCausalLM,
-            self.directory,
+            self.source,
             config=transformers.Gemma3nTextConfig(**text),
             dtype=getattr(torch, dtype),
             key_mapping=_TEXT_NAMES,
@@ -197,8 +198,35 @@ def device_memory(device: str, dtype: str) -> Iterator[None]:
         ) from error
 
 
-def load_model(kind: Any, directory: Path, **options: Any) -> Any:
+class _Lazy:
+    """A tensor of a source that is read when transformers asks for all of it, as it does of its own slices of files."""
+
+    def __init__(self, tensor: SourceTensor, reader: RowReader, dtype: Any) -> None:
+        self.tensor = tensor
+        self.reader = reader
+        self.dtype = dtype
+
+    def __getitem__(self, key: object) -> Any:
+        """A torch tensor. Exact: each weight is rounded to `dtype` once."""
+        import torch
+
+        assert key is Ellipsis, key
+        whole = torch.empty(self.tensor.shape, dtype=self.dtype)
+        start, weights = 0, whole.view(-1)
+        for rows in self.tensor.rows:
+            for chunk in chunks(rows):
+                values = np.empty((chunk.n_rows, rows.n_per_row), np.float32)
+                self.reader.fill(rows, chunk.first, values)
+                weights[start : start + values.size].copy_(torch.from_numpy(values.reshape(-1)))
+                start += values.size
+        return whole
+
+
+def load_model(kind: Any, source: Checkpoint, *, dtype: Any, **options: Any) -> Any:
     """A model of a class of transformers, complete, to compute with; nothing is printed meanwhile.
+
+    Args:
+        dtype: of torch, that the weights are taken to.
 
     Raises: CheckpointError: tensors are missing.
     """
@@ -208,17 +236,29 @@ def load_model(kind: Any, directory: Path, **options: Any) -> Any:
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    reader = RowReader()
+    weights = None
+    if not source.is_plain:
+        weights = {name: _Lazy(tensor, reader, dtype) for name, tensor in source.tensors.items()}
     try:
         model, info = kind.from_pretrained(
-            directory, attn_implementation="eager", local_files_only=True, output_loading_info=True, **options
+            source.path if weights is None else None,
+            state_dict=weights,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
+        reader.check_unchanged()
     finally:
+        reader.close()
         transformers.logging.set_verbosity(shown)
         if bars:
             transformers.utils.logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
-        raise CheckpointError(f"{directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
+        raise CheckpointError(f"{source.origin}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
     return model.eval()
 
 

@@ -88,7 +88,7 @@ class VisionReference:
         config.audio_config.conf_num_hidden_layers = 0  # nothing is heard here
         model = load_model(
             _without_audio(transformers.Gemma3nForConditionalGeneration),
-            source.path,
+            source,
             config=config,
             dtype=getattr(torch, dtype),
             key_mapping=_NAMES,

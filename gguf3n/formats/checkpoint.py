@@ -12,7 +12,9 @@ Source: the format section of the safetensors README; for pieces see pieces.py.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -42,16 +44,53 @@ INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 RANK_SHARD = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
 
-FOREIGN_FILES: tuple[tuple[str, str, str], ...] = (
-    ("adapter_config.json", "a PEFT adapter, not a model", "merge it: model.merge_and_unload().save_pretrained(DIR)"),
-    ("*.distcp", "unconsolidated FSDP training shards", "consolidate: accelerate merge-weights SRC DIR"),
-    ("pytorch_model_fsdp*", "unconsolidated FSDP training shards", "consolidate: accelerate merge-weights SRC DIR"),
-    ("zero_to_fp32.py", "unconsolidated DeepSpeed training shards", "consolidate: python zero_to_fp32.py . DIR"),
-    ("global_step*", "unconsolidated DeepSpeed training shards", "consolidate: python zero_to_fp32.py . DIR"),
-    ("pytorch_model*.bin", "a checkpoint in PyTorch's pickle format", "save it as safetensors: save_pretrained(DIR)"),
-    ("*.gguf", "GGUF files, already converted", "give the Hugging Face checkpoint they were made from"),
+TO_SAFETENSORS = (
+    'python -c "import sys, torch; from safetensors.torch import save_file; save_file('
+    "{n: t.clone() for f in sys.argv[2:] for n, t in torch.load(f, map_location='cpu', weights_only=True).items()}, "
+    'sys.argv[1])" {folder}/model.safetensors {entries}'
 )
-"""What a directory without safetensors may hold instead: file pattern, what it is, what to do."""
+"""Makes safetensors of pickled tensors."""
+
+FOREIGN_FILES: tuple[tuple[str, str, str], ...] = (
+    (
+        "adapter_config.json",
+        "a PEFT adapter, not a model",
+        "merge it into its base: gguf3n convert BASE --adapter {folder}",
+    ),
+    (
+        r"pytorch_model_fsdp_\d+(/[^/]+\.distcp)?",
+        "unconsolidated FSDP training shards",
+        "consolidate: accelerate merge-weights {shards} DIR",
+    ),
+    (
+        r"epoch_\d+_step_\d+/model/[^/]+\.distcp",
+        "unconsolidated training shards of NeMo Automodel",
+        "consolidate, in NeMo Automodel's repository: torchrun --nproc-per-node=1 scripts/export_llm_dcp_to_hf.py "
+        "--checkpoint-dir {parent} --output-dir DIR",
+    ),
+    (
+        r"[^/]+\.distcp",
+        "unconsolidated FSDP training shards (DCP)",
+        "consolidate: accelerate merge-weights {folder} DIR\n"
+        "or, without accelerate: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} out.pt",
+    ),
+    (
+        r"pytorch_model_fsdp.*_rank\d+\.bin",
+        "unconsolidated FSDP training shards, each rank's in a pickle of its own",
+        "resume the training, and save with fsdp_state_dict_type FULL_STATE_DICT",
+    ),
+    ("zero_to_fp32.py", "unconsolidated DeepSpeed training shards", "consolidate: python {entry} {folder} DIR"),
+    (r"global_step\d+", "unconsolidated DeepSpeed training shards", "consolidate: python zero_to_fp32.py {folder} DIR"),
+    (
+        r"pytorch_model_fsdp.*\.bin",
+        "a model that FSDP saved in PyTorch's pickle format",
+        f"convert it: {TO_SAFETENSORS}",
+    ),
+    (r"pytorch_model.*\.bin", "a checkpoint in PyTorch's pickle format", f"convert it: {TO_SAFETENSORS}"),
+    (r".*\.gguf", "GGUF files, already converted", "give the Hugging Face checkpoint they were made from"),
+)
+"""What a directory without safetensors may hold instead: how a path in it ends, what it is, what to do; there {entry}
+is that path, {entries} all of them, {folder} its directory, {parent} the one above, {shards} that of *.distcp."""
 
 
 def read_tensor_table(directory: Path, *, kept_in: Path | None = None) -> dict[str, SourceTensor]:
@@ -215,7 +254,7 @@ def _rank_shards(directory: Path) -> list[Path]:
     """The files that the ranks of a training have written; a rank without a part of a file's tensors writes none."""
     found = [match for match in map(RANK_SHARD.fullmatch, _listing(directory)) if match]
     if not found:
-        raise _not_a_checkpoint(directory)
+        raise not_a_checkpoint(directory)
     n_files = int(found[0][3])
     ranks, numbers = ({int(match[group]) for match in found} for group in (1, 2))
     missing = [f"shard-{rank:05d}-model-*" for rank in range(1, max(ranks)) if rank not in ranks]
@@ -245,11 +284,38 @@ def _listing(directory: Path) -> list[str]:
         raise SourceError(f"{directory}: cannot be read", found=error.strerror or str(error)) from error
 
 
-def _not_a_checkpoint(directory: Path) -> SourceError:
+def has_weights(directory: Path) -> bool:
+    """Whether there are files of a safetensors checkpoint, complete or not. Raises: SourceError."""
+    names = _listing(directory)
+    return any(name in (SINGLE, INDEX) or SHARD.fullmatch(name) or RANK_SHARD.fullmatch(name) for name in names)
+
+
+def foreign(directory: Path) -> SourceError | None:
+    """What a directory without safetensors has instead, and what to do; None for what is not known."""
+    names, above = _listing(directory), Path(os.path.abspath(directory)).as_posix()
     for pattern, what, fix in FOREIGN_FILES:
-        if any(directory.glob(pattern)):
+        ends = re.compile(f".*/{pattern}")
+        found = [directory / name for name in names if ends.fullmatch(f"{above}/{name}")]
+        if found:
+            places = {
+                "entry": found[:1],
+                "entries": found,
+                "folder": [directory],
+                "parent": [directory.parent],
+                "shards": [directory] if found[0].suffix == ".distcp" else found[:1],
+            }
+            for word, paths in places.items():
+                fix = fix.replace(f"{{{word}}}", shlex.join(map(str, paths)))
             expected = f"{SINGLE} or shards with {INDEX}"
-            return SourceError(f"{directory}: {what}", expected=expected, found=pattern, fix=fix)
+            return SourceError(f"{directory}: {what}", expected=expected, found=found[0].name, fix=fix)
+    return None
+
+
+def not_a_checkpoint(directory: Path) -> SourceError:
+    """What is said of a directory without safetensors."""
+    error = foreign(directory)
+    if error is not None:
+        return error
     names = _listing(directory)
     return SourceError(
         f"{directory}: no checkpoint here",

@@ -45,7 +45,7 @@ NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_
 
 
 def general_keys(
-    directory: Path, repo_id: str | None, arch: str, n_weights: int, kind: str = "model"
+    directory: Path, repo_id: str | None, arch: str, n_weights: int, kind: str = "model", *, name: str | None = None
 ) -> list[KeyValue]:
     """The general.* keys, from the model card, generation_config.json, config.json and the name.
 
@@ -54,6 +54,7 @@ def general_keys(
         arch: general.architecture.
         n_weights: of all tensors written, for the size label.
         kind: general.type.
+        name: the model's, where its directory is called otherwise.
 
     Raises: ConfigError if the model card's front matter or generation_config.json can't be read.
     """
@@ -68,11 +69,15 @@ def general_keys(
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
         _check_sampling(metadata, sampling, generation)
+        named = None
         if repo_id is not None:
             named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, Path(repo_id), n_weights)
-            for field in NAME_FIELDS:
-                setattr(metadata, field, getattr(named, field))
-        metadata.name = metadata.name or directory.name
+        elif name not in (None, directory.name):
+            said = gguf.Metadata.load_model_card(directory), gguf.Metadata.load_hf_parameters(directory)
+            named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), *said, Path(name), n_weights)
+        for field in NAME_FIELDS if named is not None else ():
+            setattr(metadata, field, getattr(named, field))
+        metadata.name = metadata.name or name or directory.name
         metadata.size_label = metadata.size_label or gguf.size_label(n_weights, 0, 0, 0)
         writer = gguf.GGUFWriter(None, arch)
         writer.add_type(kind)
