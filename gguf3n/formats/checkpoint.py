@@ -65,7 +65,7 @@ FOREIGN_FILES: tuple[tuple[str, str, str], ...] = (
     (
         r"epoch_\d+_step_\d+/model/[^/]+\.distcp",
         "unconsolidated training shards of NeMo Automodel",
-        "consolidate, in NeMo Automodel's repository: torchrun --nproc-per-node=1 scripts/export_llm_dcp_to_hf.py "
+        "consolidate, in the repository of NeMo Automodel: torchrun --nproc-per-node=1 scripts/export_llm_dcp_to_hf.py "
         "--checkpoint-dir {parent} --output-dir DIR",
     ),
     (
