@@ -1,9 +1,10 @@
-"""A checkpoint as a training of several ranks saves it: by torch's own writer, which NeMo Automodel builds on.
+"""A checkpoint as a training of several ranks saves it: by torch's own writers, which NeMo Automodel builds on.
 
     python -m tests.sharded CHECKPOINT DIRECTORY
 
 Six ranks: three that share the rows of every tensor and, of the matrices, two that share the columns. They are forked
-from one process, so torch is imported once.
+from one process, so torch is imported once. Beside their shards stand `consolidated`, which torch makes of them, and
+`pickles`, the same tensors in DCP's other format.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ def write(checkpoint: Path, directory: Path) -> Path:
 
 
 def _save(checkpoint: Path, directory: Path) -> None:
+    import torch.distributed.checkpoint as dcp
     import torch.multiprocessing as multiprocessing
     from safetensors import safe_open
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     tensors: dict[str, Any] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
@@ -46,6 +49,10 @@ def _save(checkpoint: Path, directory: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = (tensors, in_file, directory, f"file://{folder}/ranks")
         multiprocessing.start_processes(_rank, arguments, MESH[0] * MESH[1], start_method="fork")
+    consolidated = directory / "consolidated"
+    shutil.copytree(metadata, consolidated, ignore=shutil.ignore_patterns("fqn_*"))
+    consolidate_safetensors_files(str(directory), str(consolidated), in_file)
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(directory / "pickles"), no_dist=True)
 
 
 def _rank(rank: int, tensors: dict[str, Any], in_file: dict[str, int], directory: Path, meeting_place: str) -> None:

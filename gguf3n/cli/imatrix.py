@@ -96,6 +96,8 @@ def measure(
     check_device(device, dtype)
     checkpoint = open_checkpoint(read_source(source, revision=revision, show_progress=not quiet))
     check_not_input(output, *checkpoint.files)
+    for notice in checkpoint.notices:
+        print_note("note", notice, quiet=quiet)
     if earlier:
         part = text_part(checkpoint)
         for imatrix in earlier:

@@ -72,7 +72,8 @@ FOREIGN_FILES: tuple[tuple[str, str, str], ...] = (
         r"[^/]+\.distcp",
         "unconsolidated FSDP training shards (DCP)",
         "consolidate: accelerate merge-weights {folder} DIR\n"
-        "or, without accelerate: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} out.pt",
+        "or, without accelerate: mkdir DIR; "
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} DIR/pytorch_model.bin",
     ),
     (
         r"pytorch_model_fsdp.*_rank\d+\.bin",

@@ -176,7 +176,7 @@ PICKLES: dict[str, tuple[str, str]] = {
     ),
     "DCP": (
         "checkpoint-9/__0_0.distcp",
-        "torch.distributed.checkpoint.format_utils dcp_to_torch {}/checkpoint-9 out.pt",
+        "torch.distributed.checkpoint.format_utils dcp_to_torch {}/checkpoint-9 DIR/pytorch_model.bin",
     ),
     "FSDP, whole": (
         "checkpoint-9/pytorch_model_fsdp.bin",
