@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-    from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
+    from gguf3n.formats.rows import LowRank, RowReader, SideBySide, SourceTensor, Stored, View, Zeros
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
@@ -118,6 +118,7 @@ __all__ = [
     "RowReader",
     "Rule",
     "Severity",
+    "SideBySide",
     "Skipped",
     "Source",
     "SourceError",
@@ -220,6 +221,7 @@ _HOMES = {
     "RowReader": "formats.rows",
     "Rule": "recipes",
     "Severity": "inspection.lint",
+    "SideBySide": "formats.rows",
     "Skipped": "inspection.statistics",
     "Source": "gemma3n.source",
     "SourceError": "errors",

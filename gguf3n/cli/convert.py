@@ -13,7 +13,9 @@ from gguf3n.errors import UsageError
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, a training's folder, or a Hub id like google/gemma-3n-E4B-it.")
+    ],
     wanted: Writing,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
 ) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from gguf3n.errors import CheckpointError, SourceError, shown
 from gguf3n.formats.byte_source import stamp
-from gguf3n.formats.pieces import Piece, piece_at, put_together, read_offsets
+from gguf3n.formats.pieces import RANK_SHARD, Piece, piece_at, put_together, read_offsets
 from gguf3n.formats.rows import DTYPE_BYTES, FLOAT_DTYPES, SourceTensor, Stored
 from gguf3n.formats.small_file import check_small, is_there, parse_json, read_checkpoint_json
 
@@ -42,7 +42,6 @@ MAX_SIZE = 1 << 63
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-RANK_SHARD = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
 
 TO_SAFETENSORS = (
     'python -c "import sys, torch; from safetensors.torch import save_file; save_file('

@@ -13,6 +13,7 @@ Source: hf_storage.py and _hf_utils.py in torch/distributed/checkpoint, which Ne
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +30,9 @@ OFFSETS = "saved_offsets"
 MAX_OFFSET = 1 << 63
 """No place in a real tensor is farther out; Python's integers would not mind."""
 
+RANK_SHARD = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
+SHOWN = 5
+"""Files that a message names."""
 ALL_FILES = "copy all shard files of this save, and none of another"
 
 
@@ -169,14 +173,24 @@ def _uncovered(boxes: list[_Box], n_columns: int) -> tuple[int, int] | None:
 
 
 def _untiled(pieces: list[Piece], shape: tuple[int, ...], rows: str, gap: tuple[int, int]) -> CheckpointError:
-    names = sorted({Path(piece.stored.file_name).name for piece in pieces})
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    paths = sorted({Path(piece.stored.file_name) for piece in pieces})
+    names = ", ".join(path.name for path in paths[:SHOWN])
+    more = f" and {len(paths) - SHOWN:,} more" if len(paths) > SHOWN else ""
     is_missing = gap[0] < gap[1]
+    absent = _absent(paths) if is_missing else []
     return CheckpointError(
         f"{pieces[0].stored.origin} and its other pieces {'leave a gap' if is_missing else 'overlap'}",
         expected=f"each place of {list(shape)} once",
-        found=f"{rows}, columns {min(gap):,} to {max(gap) - 1:,} {'in none' if is_missing else 'more than once'} of "
-        + ", ".join(names[:5])
-        + more,
-        fix=ALL_FILES,
+        found=f"{rows}, columns {min(gap):,} to {max(gap) - 1:,} "
+        f"{'in none' if is_missing else 'more than once'} of {names}{more}",
+        fix=f"{ALL_FILES}: {absent[0]} is not there" if absent else ALL_FILES,
     )
+
+
+def _absent(paths: list[Path]) -> list[str]:
+    """Files like these that ranks among theirs do not have."""
+    found = [match for path in paths if (match := RANK_SHARD.fullmatch(path.name))]
+    ranks = range(1, max((int(match[1]) for match in found), default=0))
+    ends = {match[0].removeprefix(f"shard-{match[1]}") for match in found}
+    names = {f"shard-{rank:05d}{end}" for rank in ranks for end in ends}
+    return sorted(name for name in names if not (paths[0].parent / name).exists())

@@ -342,13 +342,13 @@ class SideBySide:
         return tuple(stored for part in self.parts for stored in part.stored)
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
-        start = 0
+        start, largest = 0, []
         for part in self.parts:
             columns = np.empty((len(out), part.n_per_row), np.float32)
-            reader.fill(part, first, columns)
+            largest.append(reader.fill(part, first, columns))
             out[:, start : start + part.n_per_row] = columns
             start += part.n_per_row
-        return largest_magnitude(out)
+        return float(np.max(largest))  # NaN where one is
 
 
 @dataclass(frozen=True)

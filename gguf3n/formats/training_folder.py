@@ -113,7 +113,7 @@ def find_model(directory: Path) -> Model:
         raise _no_model(directory, folders)
     (model,) = found.values()
     taken = f"took {model.directory}, the newest complete model in {directory}"
-    passed_over = [f"passed over {path}: {error.one_line}" for path, error in incomplete.items()]
+    passed_over = [f"passed over what is not complete: {error.what}" for error in incomplete.values()]
     return replace(model, notices=(taken, *passed_over))
 
 

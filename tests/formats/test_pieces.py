@@ -147,6 +147,18 @@ def test_pieces_that_do_not_tile(tmp_path: Path, boxes: list[Box], what: str, wh
     assert error.expected == "each place of [6, 6] once" and error.fix is not None
 
 
+def test_the_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    """One of several of a rank, so that the rank is there."""
+    for rank in (1, 2, 3):
+        for number in (1, 2):
+            piece = np.zeros((2, 2), np.float32), [2 * (rank - 1), 0]
+            write(tmp_path / shard(rank, number, 2), {f"w{number}": piece})
+    (tmp_path / shard(2, 2, 2)).unlink()
+    with pytest.raises(CheckpointError, match="'w2' and its other pieces leave a gap") as caught:
+        read_tensor_table(tmp_path)
+    assert caught.value.fix is not None and caught.value.fix.endswith(f": {shard(2, 2, 2)} is not there")
+
+
 def test_pieces_that_are_not_alike(tmp_path: Path) -> None:
     write(tmp_path / shard(1), {"w": (np.zeros((2, 2), np.float32), [0, 0])})
     for other, offsets in ((np.zeros((2, 2), np.float16), [2, 0]), (np.zeros(2, np.float32), [2])):
