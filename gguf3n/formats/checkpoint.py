@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,25 +291,36 @@ def has_weights(directory: Path) -> bool:
     return any(name in (SINGLE, INDEX) or SHARD.fullmatch(name) or RANK_SHARD.fullmatch(name) for name in names)
 
 
-def foreign(directory: Path) -> SourceError | None:
-    """What a directory without safetensors has instead, and what to do; None for what is not known."""
-    names, above = _listing(directory), Path(os.path.abspath(directory)).as_posix()
+def what_else(directory: Path, names: Sequence[str]) -> tuple[str, list[str], str] | None:
+    """What the files of a directory without safetensors are, which ones, and what to do; None for what is not known."""
+    above = Path(os.path.abspath(directory)).as_posix()
     for pattern, what, fix in FOREIGN_FILES:
         ends = re.compile(f".*/{pattern}")
-        found = [directory / name for name in names if ends.fullmatch(f"{above}/{name}")]
+        found = [name for name in names if ends.fullmatch(f"{above}/{name}")]
         if found:
+            entries = [directory / name for name in found]
             places = {
-                "entry": found[:1],
-                "entries": found,
+                "entry": entries[:1],
+                "entries": entries,
                 "folder": [directory],
                 "parent": [directory.parent],
-                "shards": [directory] if found[0].suffix == ".distcp" else found[:1],
+                "shards": [directory] if entries[0].suffix == ".distcp" else entries[:1],
             }
             for word, paths in places.items():
                 fix = fix.replace(f"{{{word}}}", shlex.join(map(str, paths)))
-            expected = f"{SINGLE} or shards with {INDEX}"
-            return SourceError(f"{directory}: {what}", expected=expected, found=found[0].name, fix=fix)
+            return what, found, fix
     return None
+
+
+def foreign(directory: Path) -> SourceError | None:
+    """What a directory without safetensors has instead, and what to do; None for what is not known."""
+    known = what_else(directory, _listing(directory))
+    if known is None:
+        return None
+    what, found, fix = known
+    return SourceError(
+        f"{directory}: {what}", expected=f"{SINGLE} or shards with {INDEX}", found=", ".join(found[:5]), fix=fix
+    )
 
 
 def not_a_checkpoint(directory: Path) -> SourceError:

@@ -29,19 +29,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import CheckpointError, Gguf3nError, HubError, OutputError
 from gguf3n.formats.checkpoint import (
-    FOREIGN_FILES,
     INDEX,
     MAX_HEADER_BYTES,
     SHARD,
     SINGLE,
     read_tensor_table,
     weight_map,
+    what_else,
 )
 from gguf3n.formats.remote import RemoteFile
 from gguf3n.formats.rows import SourceTensor
@@ -415,10 +414,10 @@ def _weight_files(names: list[str]) -> list[str]:
 
 def _no_safetensors(repo_id: str, names: list[str]) -> HubError:
     expected = f"{SINGLE}, or shards with {INDEX}"
-    for pattern, what, fix in FOREIGN_FILES:
-        matches = [name for name in names if fnmatch(name, pattern)]
-        if matches:
-            return HubError(f"{repo_id}: {what}", expected=expected, found=_few(matches), fix=fix)
+    known = what_else(Path("DIR"), names)  # where they are once they are downloaded
+    if known is not None:
+        what, found, fix = known
+        return HubError(f"{repo_id}: {what}", expected=expected, found=_few(found), fix=fix)
     return HubError(
         f"{repo_id}: no safetensors checkpoint at the top of the repository",
         expected=expected,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gguf3n.errors import SourceError
+from gguf3n.errors import ConfigError, SourceError
 from gguf3n.formats.checkpoint import SINGLE, foreign, has_weights, not_a_checkpoint, read_tensor_table
 from gguf3n.formats.rows import SourceTensor
 from gguf3n.formats.small_file import is_there
@@ -69,8 +69,8 @@ class _Save:
 def settings_directory(directory: Path) -> Path:
     """Where config and tokenizer of a checkpoint are: in its directory, or where NeMo Automodel has them."""
     beside = directory / HF_METADATA
-    has_own = is_there(directory / CONFIG, SourceError)
-    return beside if not has_own and is_there(beside / CONFIG, SourceError) else directory
+    has_own = is_there(directory / CONFIG, ConfigError)
+    return beside if not has_own and is_there(beside / CONFIG, ConfigError) else directory
 
 
 def find_model(directory: Path) -> Model:
