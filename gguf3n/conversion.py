@@ -320,7 +320,13 @@ def convert(
         force=force,
     )
     opened = source if isinstance(source, Source) else read_source(source, revision=revision)
-    plans = plan_files(opened, options)
+    return write_files(plan_files(opened, options), options, progress)
+
+
+def write_files(
+    plans: Sequence[Plan], options: ConversionOptions, progress: OnProgress | None = None
+) -> list[Conversion]:
+    """Carry out what `plan_files` has planned; errors as for `write`."""
     return write(
         plans,
         options.output,
