@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from gguf3n.errors import Interrupted, QuantizationError
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_writer import GGUFWriter
-from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, RowReader, Rows, Stored, Values, Widen, chunks
+from gguf3n.formats.rows import CHUNK_WEIGHTS, Arithmetic, Chunk, RowReader, Rows, Stored, Values, chunks
 from gguf3n.planning import Plan, PlannedTensor
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.workers import default_threads, run_workers
 
 
-def compiled_widen() -> Widen:
-    """How stored bytes become values, by compiled code. numba is loaded here: only when there is something to read."""
-    from gguf3n.quants import floats
+def compiled_arithmetic() -> Arithmetic:
+    """The same by compiled code. numba is loaded here: only when there is something to read."""
+    from gguf3n.quants import floats, products
 
     def widen(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
         match dtype:
@@ -49,7 +49,15 @@ def compiled_widen() -> Widen:
                     out[:] = dequantize(raw, QType[dtype])
         return float(floats.largest_magnitude(out))
 
-    return widen
+    def add_product(rows: Values, a: Values, b: Values, scale: float) -> float:
+        products.add_product(rows, a, b, scale)
+        return float(floats.largest_magnitude(rows.reshape(-1)))
+
+    def set_lengths(rows: Values, lengths: Values) -> float:
+        products.set_lengths(rows, np.ascontiguousarray(lengths))
+        return float(floats.largest_magnitude(rows.reshape(-1)))
+
+    return Arithmetic(widen, add_product, set_lengths)
 
 
 def run(
@@ -132,7 +140,7 @@ class _Work:
         self.wanted = _meet(outputs)
         self.stop = stop
         self.meter = Meter("writing", "bytes", sum(rows.stored_bytes for rows in self.wanted), progress)
-        self.reader = RowReader(compiled_widen())
+        self.reader = RowReader(compiled_arithmetic())
         self.quantize_rows = quantize_rows
         self.chunks: Iterator[Chunk] = (chunk for rows in self.wanted for chunk in chunks(rows, chunk_weights))
         self.lock = threading.Lock()
@@ -157,7 +165,7 @@ class _Work:
         raw: NDArray[np.uint8] | None = None
         if isinstance(rows, Stored):  # its bytes are what an output of the same type gets
             raw = self.reader.read_stored(rows, chunk.first, chunk.n_rows)
-            largest = self.reader.widen(rows.dtype, raw, values.reshape(-1))
+            largest = self.reader.arithmetic.widen(rows.dtype, raw, values.reshape(-1))
         else:
             largest = self.reader.fill(rows, chunk.first, values)
         if not math.isfinite(largest):
