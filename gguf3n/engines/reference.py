@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
+from gguf3n.formats.rows import RowReader, chunks
 from gguf3n.gemma3n.names import TEXT_PREFIX
-from gguf3n.gemma3n.source import Source, open_checkpoint
+from gguf3n.gemma3n.source import Checkpoint, Source, open_checkpoint
 
 _TEXT_NAMES = {TEXT_PREFIX.pattern: "model."}
 """Every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses."""
@@ -85,6 +86,8 @@ class Reference:
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
+        if self.source.changed:
+            _change(model, self.source)
         with self._device_memory():
             self._model = model.eval().to(self.device)
         self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
@@ -188,6 +191,26 @@ class Reference:
         )
         text: str = load_tokenizer(self.directory).decode(made[0, len(ids) :], skip_special_tokens=True)
         return text
+
+
+def _change(model: Any, source: Checkpoint) -> None:
+    """Give a model the weights that adapters have changed, which the files that it was loaded from do not have."""
+    import torch
+
+    weights = model.state_dict()
+    with closing(RowReader()) as reader, torch.no_grad():
+        for name in source.changed:
+            weight = weights.get(TEXT_PREFIX.sub("model.", name))
+            if weight is None:  # another encoder's
+                continue
+            tensor, first = source.tensors[name], 0
+            into = weight.view(-1, tensor.shape[-1])
+            for rows in tensor.rows:
+                for chunk in chunks(rows):
+                    values = np.empty((chunk.n_rows, rows.n_per_row), np.float32)
+                    reader.fill(rows, chunk.first, values)
+                    into[first : first + chunk.n_rows].copy_(torch.from_numpy(values))
+                    first += chunk.n_rows
 
 
 def check_device(device: str, dtype: str) -> str:

@@ -83,7 +83,7 @@ def _of_checkpoint(source: Checkpoint) -> Part:
     if "default" not in vocabulary.chat_templates:
         notices.append("the checkpoint has no chat template; chat programs will fall back to one of their own")
     keys = (
-        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights),
+        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights, adapters=source.adapters),
         *text.model_keys(config),
         *tokenizer_keys(vocabulary),
     )
@@ -113,7 +113,9 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
         if reason != mmproj.TEXT_REASON
     ]
     keys = (
-        *general_keys(source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND),
+        *general_keys(
+            source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND, adapters=source.adapters
+        ),
         *mmproj.model_keys(encoders),
     )
     return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))

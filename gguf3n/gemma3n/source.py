@@ -45,9 +45,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Source):
-    """A directory in Hugging Face's layout. `repo_id`: the Hub's name of it, where it was fetched from there."""
+    """A directory in Hugging Face's layout.
+
+    Args:
+        repo_id: the Hub's name of it, where it was fetched from there.
+        adapters: names of those that are merged into it, in order.
+        changed: names of the tensors that they have changed; the directory's files have others.
+    """
 
     repo_id: str | None = None
+    adapters: tuple[str, ...] = ()
+    changed: frozenset[str] = frozenset()
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
