@@ -156,7 +156,7 @@ def read_source(
         revision: branch, tag or commit of a Hub id.
         weights: fetch the weights of a Hub id; without them the result is good for `plan` only.
         allow_requantize: take a GGUF file that is quantized already.
-        adapters: directories of PEFT adapters to merge into a checkpoint, one after another.
+        adapters: PEFT adapters to merge into a checkpoint, one after another: directories or Hub ids.
         adapter_scale: how much of what they add is added.
         show_progress: show huggingface_hub's progress bars.
 
@@ -164,7 +164,7 @@ def read_source(
         can't be merged into one.
     """
     check_scale(adapter_scale, adapters)
-    read = [read_adapter(directory) for directory in adapters]
+    read = [read_adapter(adapter, show_progress=show_progress) for adapter in adapters]
     opened = open_source(source, revision=revision, weights=weights, show_progress=show_progress)
     checked = _checked(opened, allow_requantize) if isinstance(opened, GGUFSource) else opened
     return merge(checked, read, adapter_scale)

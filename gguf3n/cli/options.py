@@ -40,8 +40,8 @@ Like = Annotated[
     ),
 ]
 Adapters = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="DIR", help="Directory of a PEFT adapter to merge into the checkpoint; repeatable, in order."),
+    list[str] | None,
+    typer.Option(help="A PEFT adapter to merge into the checkpoint: a directory or a Hub id; repeatable, in order."),
 ]
 AdapterScale = Annotated[float, typer.Option(metavar="X", help="How much of what adapters add is added.")]
 Output = Annotated[

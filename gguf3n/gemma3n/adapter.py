@@ -23,12 +23,14 @@ from typing import Any
 
 from gguf3n.errors import CheckpointError, ConfigError, MappingError, SourceError, shown
 from gguf3n.formats.checkpoint import read_header
+from gguf3n.formats.hub import ADAPTER_FILES, fetch_adapter, is_repo_id
 from gguf3n.formats.rows import FLOAT_DTYPES, Stored
 from gguf3n.formats.small_file import is_there, read_checkpoint_json
 from gguf3n.gemma3n.names import bare_name
 from gguf3n.regexes import check_regex
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS = ADAPTER_FILES
+PICKLE = "adapter_model.bin"
 ROOT = "base_model.model."
 """What PEFT puts before the path of a module."""
 
@@ -113,7 +115,7 @@ class Adapter:
     pieces: Mapping[str, Mapping[Piece, Stored]]
     paths: Mapping[str, str]
     alpha: float
-    alpha_pattern: Mapping[str, float]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
     use_rslora: bool
     tokens: Mapping[str, tuple[int, ...]]
     """Numbers of trained tokens, by how the paths of their embedding end."""
@@ -121,8 +123,7 @@ class Adapter:
 
     def scale(self, weight: str, rank: int) -> float:
         """What a product counts. Source: LoraLayer.update_layer, get_pattern_key in peft."""
-        path = self.paths[weight]
-        alphas = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", path))
+        alphas = (alpha for pattern, alpha in self.alpha_pattern if pattern.match(self.paths[weight]))
         return next(alphas, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def tokens_of(self, weight: str) -> tuple[int, ...] | None:
@@ -130,13 +131,18 @@ class Adapter:
         return next((ids for end, ids in self.tokens.items() if self.paths[weight].endswith(end)), None)
 
 
-def read_adapter(directory: str | Path) -> Adapter:
-    """Read what says what an adapter changes; no weights.
+def read_adapter(given: str | Path, *, show_progress: bool = False) -> Adapter:
+    """Read what says what an adapter changes; no weights. What is on the Hub is fetched first.
 
-    Raises: SourceError: no adapter is there. ConfigError: one that can't be merged. CheckpointError, MappingError:
-        tensors that no adapter has.
+    Args:
+        given: a directory, or a Hub id.
+        show_progress: show huggingface_hub's progress bars.
+
+    Raises: HubError. SourceError: no adapter is there. ConfigError: one that can't be merged. CheckpointError,
+        MappingError: tensors that no adapter has.
     """
-    path = Path(directory)
+    is_on_hub = is_repo_id(str(given))
+    path = fetch_adapter(str(given), progress=show_progress) if is_on_hub else Path(given)
     _check_directory(path)
     config = path / CONFIG
     raw = read_checkpoint_json(config)
@@ -144,8 +150,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     pieces, paths = _pieces(path / WEIGHTS)
     trained_on = raw.get("base_model_name_or_path")
     return Adapter(
-        origin=str(directory),
-        name=os.path.basename(os.path.abspath(path)),
+        origin=str(given),
+        name=str(given).rpartition("/")[2] if is_on_hub else os.path.basename(os.path.abspath(path)),
         trained_on=trained_on if isinstance(trained_on, str) and trained_on else None,
         pieces=pieces,
         paths=paths,
@@ -254,22 +260,24 @@ def _number(value: Any, name: str, path: Path) -> float:
     return float(value)
 
 
-def _alpha_pattern(value: Any, path: Path) -> dict[str, float]:
-    """Raises: ConfigError also for an expression that may take for ever."""
+def _alpha_pattern(value: Any, path: Path) -> tuple[tuple[re.Pattern[str], float], ...]:
+    """What a module's path is held against, in the order of the file. Raises: ConfigError also for an expression that
+    may take for ever."""
     if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
         raise ConfigError(
             f"{path}: alpha_pattern is impossible", expected=f"at most {MAX_PATTERNS:,} names", found=shown(value)
         )
-    for key in value:
+    patterns = {key: rf"(.*\.)?({key})$" for key in value}
+    for key, pattern in patterns.items():
         try:
-            check_regex(rf"(.*\.)?({key})$", MAX_PATH)
+            check_regex(pattern, MAX_PATH)
         except ValueError as error:
             raise ConfigError(
                 f"{path}: a name of alpha_pattern can't be used",
                 expected="a regular expression without nested repeats",
                 found=f"{shown(key)}: {error}",
             ) from error
-    return {key: _number(alpha, "alpha_pattern", path) for key, alpha in value.items()}
+    return tuple((re.compile(patterns[key]), _number(alpha, "alpha_pattern", path)) for key, alpha in value.items())
 
 
 def _tokens(raw: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:

@@ -177,13 +177,14 @@ class _Merge:
         a: Rows
         b: Rows
         if Piece.EMBEDDING_A in pieces:
-            rank = self.rank(pieces[Piece.EMBEDDING_A])
-            self.check(pieces[Piece.EMBEDDING_A], (rank, n_outputs))
-            self.check(pieces[Piece.EMBEDDING_B], (n_inputs, rank))
-            a, b = Transposed(pieces[Piece.EMBEDDING_B]), Transposed(pieces[Piece.EMBEDDING_A])
+            down, up = pieces[Piece.EMBEDDING_A], pieces[Piece.EMBEDDING_B]
+            rank = down.shape[0]  # the tensor's, whatever rank_pattern says
+            self.check(down, (rank, n_outputs))
+            self.check(up, (n_inputs, rank))
+            a, b = Transposed(up), Transposed(down)
         else:
             a, b = pieces[Piece.A], pieces[Piece.B]
-            rank = self.rank(a)
+            rank = a.shape[0]
             self.check(a, (rank, n_inputs))
             self.check(b, (n_outputs, rank))
         scale = self.adapter.scale(weight, rank) * self.scale
@@ -193,10 +194,6 @@ class _Merge:
             lengths = pieces[Piece.LENGTHS].in_rows_of(1)
             merged = _each(merged, lambda rows, part: OfLength(rows, lengths.some(part)))
         return merged
-
-    def rank(self, a: Stored) -> int:
-        """Of a product, whatever the configuration says. Why: rank_pattern."""
-        return a.shape[0]
 
     def check(self, tensor: Stored, shape: tuple[int, ...]) -> None:
         """Raises: MappingError for another shape."""
@@ -218,14 +215,16 @@ class _Merge:
                 found="none" if ids is None else f"{max(ids):,}",
             )
         self.check(rows, (len(ids), base.shape[1]))
-        places = sorted((token, place) for place, token in enumerate(ids))
-
+        places = sorted(((token, place) for place, token in enumerate(ids)), reverse=True)
         table: list[Rows] = []
-        first = 0
-        for token, place in places:
-            table += [*_between(base, range(first, token)), some_rows(rows, range(place, place + 1))]
-            first = token + 1
-        return replace(base, rows=(*table, *_between(base, range(first, base.shape[0]))))
+        for form, part in _parts(base):
+            first = part.start
+            while places and places[-1][0] in part:
+                token, place = places.pop()
+                table += [_cut(form, part, first, token), some_rows(rows, range(place, place + 1))]
+                first = token + 1
+            table.append(_cut(form, part, first, part.stop))
+        return replace(base, rows=tuple(each for each in table if each.n_rows))
 
     def error(
         self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
@@ -263,18 +262,18 @@ def _spelled() -> Iterator[str]:
         yield " and ".join(sorted(piece.value for piece in pieces))
 
 
-def _each(tensor: SourceTensor, make: Callable[[Rows, range], Rows]) -> SourceTensor:
-    """A tensor whose rows are other forms: of each form, and the range of the tensor's rows that it has."""
+def _parts(tensor: SourceTensor) -> Iterator[tuple[Rows, range]]:
+    """Its forms, each with the range of the tensor's rows that it has."""
     ends = accumulate(rows.n_rows for rows in tensor.rows)
-    made = (make(rows, range(end - rows.n_rows, end)) for rows, end in zip(tensor.rows, ends, strict=True))
-    return replace(tensor, rows=tuple(made))
+    for rows, end in zip(tensor.rows, ends, strict=True):
+        yield rows, range(end - rows.n_rows, end)
 
 
-def _between(tensor: SourceTensor, part: range) -> Iterator[Rows]:
-    """Some rows of a tensor, whatever forms they are in."""
-    first = 0
-    for rows in tensor.rows:
-        here = range(max(part.start - first, 0), min(part.stop - first, rows.n_rows))
-        if here:
-            yield some_rows(rows, here)
-        first += rows.n_rows
+def _each(tensor: SourceTensor, make: Callable[[Rows, range], Rows]) -> SourceTensor:
+    """A tensor whose rows are other forms, made of each form and its range."""
+    return replace(tensor, rows=tuple(make(rows, part) for rows, part in _parts(tensor)))
+
+
+def _cut(rows: Rows, part: range, first: int, end: int) -> Rows:
+    """Some of the rows of a form, by their numbers in the tensor."""
+    return some_rows(rows, range(first - part.start, end - part.start))
