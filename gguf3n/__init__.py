@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
     from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
     from gguf3n.gemma3n.mapping import MappedTensor
-    from gguf3n.gemma3n.part import Part, PartKind, text_part
+    from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
     from gguf3n.inspection.diff import Difference, KeyChange, TensorChange, TokenChange, diff
     from gguf3n.inspection.edit import Edit, edit
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
     from gguf3n.quants.api import dequantize, quantize
-    from gguf3n.recipes import Decision, Keep, Recipe, Rule, find_recipe
+    from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
     from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from gguf3n.validation.tensor_errors import TensorError, TensorsResult
     from gguf3n.validation.tokens import TokensResult
     from gguf3n.validation.validate import Validation, validate
+    from gguf3n.validation.vision import VisionResult
 
 __version__ = "0.1.0"
 
@@ -81,6 +82,7 @@ __all__ = [
     "Finding",
     "FindingsError",
     "Fix",
+    "For",
     "GGUFArray",
     "GGUFError",
     "GGUFFile",
@@ -90,6 +92,7 @@ __all__ = [
     "Gguf3nError",
     "Group",
     "HubError",
+    "ImageRows",
     "ImportanceMatrix",
     "Interrupted",
     "Keep",
@@ -136,6 +139,7 @@ __all__ = [
     "ValidationOptions",
     "Verdict",
     "View",
+    "VisionResult",
     "Zeros",
     "convert",
     "dequantize",
@@ -147,6 +151,7 @@ __all__ = [
     "measure_importance",
     "measure_statistics",
     "merge_imatrices",
+    "mmproj_part",
     "open_gguf",
     "parse_options",
     "parse_validation",
@@ -179,6 +184,7 @@ _HOMES = {
     "Finding": "inspection.lint",
     "FindingsError": "errors",
     "Fix": "inspection.repair",
+    "For": "recipes",
     "GGUFArray": "formats.gguf_reader",
     "GGUFError": "errors",
     "GGUFFile": "formats.gguf_reader",
@@ -188,6 +194,7 @@ _HOMES = {
     "Gguf3nError": "errors",
     "Group": "inspection.lint",
     "HubError": "errors",
+    "ImageRows": "recipes",
     "ImportanceMatrix": "formats.imatrix",
     "Interrupted": "errors",
     "Keep": "recipes",
@@ -234,6 +241,7 @@ _HOMES = {
     "ValidationOptions": "validation.options",
     "Verdict": "validation.result",
     "View": "formats.rows",
+    "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
     "convert": "conversion",
     "dequantize": "quants.api",
@@ -245,6 +253,7 @@ _HOMES = {
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
+    "mmproj_part": "gemma3n.part",
     "open_gguf": "formats.gguf_reader",
     "parse_options": "conversion",
     "parse_validation": "validation.options",

@@ -7,7 +7,8 @@ the logits a few positions at a time: what is in memory depends on the vocabular
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
+from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
 from gguf3n.formats.rows import RowReader, chunks
 from gguf3n.gemma3n.names import TEXT_PREFIX
@@ -65,31 +67,15 @@ class Reference:
                 expected="gemma3n_text",
                 found=str(text.get("model_type")),
             )
-        shown = transformers.logging.get_verbosity()
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            model, info = transformers.Gemma3nForCausalLM.from_pretrained(
-                self.directory,
-                config=transformers.Gemma3nTextConfig(**text),
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                key_mapping=_TEXT_NAMES,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        finally:
-            transformers.logging.set_verbosity(shown)
-            if bars:
-                transformers.utils.logging.enable_progress_bar()
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
-        if self.source.changed:
-            _change(model, self.source)
-        with self._device_memory():
-            self._model = model.eval().to(self.device)
+        model = load_model(
+            transformers.Gemma3nForCausalLM,
+            self.source,
+            config=transformers.Gemma3nTextConfig(**text),
+            dtype=getattr(torch, dtype),
+            key_mapping=_TEXT_NAMES,
+        )
+        with self.device_memory():
+            self._model = model.to(self.device)
         self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
 
     def __enter__(self) -> Reference:
@@ -106,7 +92,8 @@ class Reference:
             self._torch.cuda.empty_cache()
 
     @contextmanager
-    def _device_memory(self) -> Iterator[None]:
+    def device_memory(self) -> Iterator[None]:
+        """Raises: UsageError where the device has too little memory."""
         try:
             yield
         except self._torch.cuda.OutOfMemoryError as error:
@@ -130,7 +117,7 @@ class Reference:
 
         Shapes: a torch tensor `[n_tokens, hidden_size]` of `dtype`, on `device`.
         """
-        with self._torch.no_grad(), self._device_memory():
+        with self._torch.no_grad(), self.device_memory():
             ids = self._torch.tensor([list(token_ids)], device=self.device)
             return self._model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
@@ -193,18 +180,53 @@ class Reference:
         return text
 
 
-def _change(model: Any, source: Checkpoint) -> None:
+def load_model(kind: Any, source: Checkpoint, key_mapping: Mapping[str, str], **options: Any) -> Any:
+    """A model of a class of transformers, complete, to compute with; nothing is printed meanwhile.
+
+    Args:
+        key_mapping: how tensors are called in the model: patterns of what stands before a name, and what does there.
+
+    Raises: CheckpointError: tensors are missing.
+    """
+    import transformers
+
+    shown = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(
+            source.path,
+            key_mapping=dict(key_mapping),
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    finally:
+        transformers.logging.set_verbosity(shown)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{source.path}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
+    _change(model, source, key_mapping)
+    return model.eval()
+
+
+def _change(model: Any, source: Checkpoint, key_mapping: Mapping[str, str]) -> None:
     """Give a model the weights that adapters have changed, which the files that it was loaded from do not have."""
     import torch
 
     weights = model.state_dict()
     with closing(RowReader()) as reader, torch.no_grad():
         for name in source.changed:
-            weight = weights.get(TEXT_PREFIX.sub("model.", name))
-            if weight is None:  # another encoder's
+            pattern = next((each for each in key_mapping if re.search(each, name)), "^")
+            weight = weights.get(re.sub(pattern, key_mapping.get(pattern, ""), name, count=1))
+            if weight is None:  # of an encoder that the model does not have
                 continue
             tensor, first = source.tensors[name], 0
-            into = weight.view(-1, tensor.shape[-1])
+            into = weight.view(-1, *(tensor.shape[-1:] or (1,)))
             for rows in tensor.rows:
                 for chunk in chunks(rows):
                     values = np.empty((chunk.n_rows, rows.n_per_row), np.float32)
@@ -225,6 +247,7 @@ def check_device(device: str, dtype: str) -> str:
         raise UsageError(
             f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
         ) from error
+    declare_operators()
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
     if device not in DEVICES:

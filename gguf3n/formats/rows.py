@@ -3,6 +3,7 @@
     Stored     consecutive rows of a tensor in a file
     Zeros      rows that no file has
     View       some rows and columns of other rows: a slice of a larger model
+    Repeated   one row of other rows, again and again
     Transposed the columns of a matrix in a file
     LowRank    other rows with a low-rank product added: a model with an adapter
     OfLength   other rows, each made as long as a vector says: a model with an adapter that learned lengths apart
@@ -203,6 +204,36 @@ class View:
             out[:, start : start + len(run)] = whole[:, run.start : run.stop]
             start += len(run)
         return largest_magnitude(out)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One row of other rows, again and again."""
+
+    base: Rows
+    row: int
+    n_rows: int
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes // max(self.base.n_rows, 1)
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        largest = reader.fill(self.base, self.row, out[:1])
+        out[1:] = out[:1]
+        return largest
 
 
 @dataclass(frozen=True)

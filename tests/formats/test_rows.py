@@ -26,6 +26,7 @@ from gguf3n.formats.rows import (
     Chunk,
     LowRank,
     OfLength,
+    Repeated,
     RowReader,
     Rows,
     SourceTensor,
@@ -171,6 +172,24 @@ def a_view_of_a_quantized_tensor(directory: Path) -> Made:
 
 
 @form
+def one_row_repeated(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Repeated(stored, 3, 21), np.repeat(values[3:4], 21, axis=0)
+
+
+@form
+def stored_rows_cut_out(directory: Path) -> Made:
+    stored, values = store(directory, "Q8_0")
+    return some_rows(stored, range(11, 16)), values[11:16]
+
+
+@form
+def rows_of_a_view_cut_out(directory: Path) -> Made:
+    stored, values = store(directory, "F16")
+    return some_rows(View(stored, range(4, 30), (range(8),)), range(6, 15)), values[10:19, :8]
+
+
+@form
 def a_view_of_a_view(directory: Path) -> Made:
     stored, values = store(directory, "F32")
     inner = View(stored, range(10, 30), (range(32, 64), range(32)))
@@ -253,12 +272,6 @@ def rows_of_a_length(directory: Path) -> Made:
 def low_rank_of_a_length(directory: Path) -> Made:
     """As of DoRA."""
     return of_length(*low_rank(*store(directory, "BF16"), directory, "F32", 1.5), directory)
-
-
-@form
-def some_rows_of_a_file(directory: Path) -> Made:
-    stored, values = store(directory, "Q8_0")
-    return some_rows(stored, range(7, 30)), values[7:30]
 
 
 @form
