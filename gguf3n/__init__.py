@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-    from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
+    from gguf3n.formats.rows import LowRank, OfLength, RowReader, SourceTensor, Stored, Transposed, View, Zeros
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
@@ -103,6 +103,7 @@ __all__ = [
     "MappedTensor",
     "MappingError",
     "Measurement",
+    "OfLength",
     "OutputError",
     "Part",
     "PartKind",
@@ -134,6 +135,7 @@ __all__ = [
     "TokenChange",
     "TokenizerError",
     "TokensResult",
+    "Transposed",
     "UsageError",
     "Validation",
     "ValidationOptions",
@@ -205,6 +207,7 @@ _HOMES = {
     "MappedTensor": "gemma3n.mapping",
     "MappingError": "errors",
     "Measurement": "engines.activations",
+    "OfLength": "formats.rows",
     "OutputError": "errors",
     "Part": "gemma3n.part",
     "PartKind": "gemma3n.part",
@@ -236,6 +239,7 @@ _HOMES = {
     "TokenChange": "inspection.diff",
     "TokenizerError": "errors",
     "TokensResult": "validation.tokens",
+    "Transposed": "formats.rows",
     "UsageError": "errors",
     "Validation": "validation.validate",
     "ValidationOptions": "validation.options",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gguf3n.gemma3n.source import Source
 from workshop import checkpoints
 
 DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
@@ -88,3 +89,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), "utf-8")
+
+
+def changed(one: Source, other: Source) -> set[str]:
+    """Tensors that have other rows in the second."""
+    return {name for name, tensor in one.tensors.items() if other.tensors[name] != tensor}

@@ -33,6 +33,7 @@ million."""
 
 CHECKPOINT_FILES: Mapping[str, tuple[int, type[SourceError]]] = {
     "config.json": (MIB, ConfigError),
+    "adapter_config.json": (MIB, ConfigError),
     "generation_config.json": (MIB, ConfigError),
     "preprocessor_config.json": (MIB, ConfigError),
     "processor_config.json": (MIB, ConfigError),

@@ -97,7 +97,7 @@ def _of_checkpoint(source: Checkpoint, beside: tuple[str, ...]) -> Part:
             "of KV-shared layers, which llama.cpp loads but never evaluates"
         )
     keys = (
-        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights),
+        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights, adapters=source.adapters),
         *text.model_keys(config),
         *tokenizer_keys(vocabulary),
     )
@@ -127,7 +127,9 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
         if reason != mmproj.TEXT_REASON
     ]
     keys = (
-        *general_keys(source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND),
+        *general_keys(
+            source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND, adapters=source.adapters
+        ),
         *mmproj.model_keys(encoders),
     )
     return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))

@@ -40,7 +40,7 @@ from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
 from gguf3n.recipes.model import For, ImageRows, Keep, Rule
-from gguf3n.recipes.regexes import check_regex
+from gguf3n.regexes import check_regex
 
 if sys.version_info >= (3, 11):
     import tomllib

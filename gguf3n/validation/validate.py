@@ -7,7 +7,7 @@ validation.verdict, validation.stages[Stage.LOGITS].divergence.mean
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,13 +59,29 @@ class Validation:
         }
 
 
-def read_reference(reference: str | Path, *, revision: str | None = None, show_progress: bool = False) -> Source:
+def read_reference(
+    reference: str | Path,
+    *,
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    adapter_scale: float = 1.0,
+    show_progress: bool = False,
+) -> Source:
     """What a file is held against: a checkpoint directory, a Hub id, or an unquantized GGUF file.
+
+    Args:
+        adapters, adapter_scale: merged into a checkpoint, as for `read_source`.
 
     Raises: SourceError or a class below it, HubError, GGUFError; UsageError for a quantized GGUF file.
     """
-    if not os.path.isfile(reference) or revision is not None:
-        return read_source(reference, revision=revision, show_progress=show_progress)
+    if not os.path.isfile(reference) or revision is not None or adapters:
+        return read_source(
+            reference,
+            revision=revision,
+            adapters=adapters,
+            adapter_scale=adapter_scale,
+            show_progress=show_progress,
+        )
     try:
         return read_gguf(reference)
     except UsageError as error:

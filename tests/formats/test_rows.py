@@ -23,13 +23,16 @@ from gguf3n.formats.rows import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
     ROW_GROUP,
+    WITH_NUMPY,
     Chunk,
     LowRank,
+    OfLength,
     Repeated,
     RowReader,
     Rows,
     SourceTensor,
     Stored,
+    Transposed,
     Values,
     View,
     Zeros,
@@ -40,7 +43,7 @@ from gguf3n.formats.rows import (
     stored_tensors,
     widen_with_numpy,
 )
-from gguf3n.pipeline import compiled_widen
+from gguf3n.pipeline import compiled_arithmetic
 
 N_ROWS, N_PER_ROW = 40, 64
 
@@ -96,7 +99,7 @@ def store(
 
 @pytest.fixture(params=["numpy", "compiled"])
 def reader(request: pytest.FixtureRequest) -> Iterator[RowReader]:
-    with closing(RowReader(compiled_widen() if request.param == "compiled" else None)) as reader:
+    with closing(RowReader(compiled_arithmetic() if request.param == "compiled" else None)) as reader:
         yield reader
 
 
@@ -179,13 +182,13 @@ def one_row_repeated(directory: Path) -> Made:
 @form
 def stored_rows_cut_out(directory: Path) -> Made:
     stored, values = store(directory, "Q8_0")
-    return cut(stored, 11, 5), values[11:16]
+    return cut(stored, range(11, 16)), values[11:16]
 
 
 @form
 def rows_of_a_view_cut_out(directory: Path) -> Made:
     stored, values = store(directory, "F16")
-    return cut(View(stored, range(4, 30), (range(8),)), 6, 9), values[10:19, :8]
+    return cut(View(stored, range(4, 30), (range(8),)), range(6, 15)), values[10:19, :8]
 
 
 @form
@@ -230,6 +233,47 @@ def low_rank_of_a_view(directory: Path) -> Made:
 def a_view_of_low_rank(directory: Path) -> Made:
     rows, values = low_rank(*store(directory, "F32"), directory, "BF16", 0.5)
     return View(rows, range(11, 33), (range(60, 64), range(5))), values[11:33, [*range(60, 64), *range(5)]]
+
+
+@form
+def transposed(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Transposed(stored), np.ascontiguousarray(values.T)
+
+
+@form
+def low_rank_of_transposed_factors(directory: Path) -> Made:
+    """As of an embedding."""
+    base, values = store(directory, "BF16")
+    a, a_values = store(directory, "F32", (64, 3), seed=1)
+    b, b_values = store(directory, "F16", (3, 40), seed=2)
+    added = np.zeros(values.shape)
+    for k in range(3):
+        added += b_values[k, :, None].astype(np.float64) * a_values[:, k].astype(np.float64)
+    return LowRank(base, Transposed(a), Transposed(b), 0.3), (values + 0.3 * added).astype(np.float32)
+
+
+def of_length(base: Rows, values: NDArray[np.float32], directory: Path) -> Made:
+    """Squares added one by one."""
+    lengths, length_values = store(directory, "F32", (base.n_rows,), seed=3)
+    made = np.empty_like(values)
+    for row, length, out in zip(values.astype(np.float64), length_values.astype(np.float64).flat, made, strict=True):
+        total = 0.0
+        for value in row:
+            total += value * value
+        out[:] = row * (length / np.sqrt(total))
+    return OfLength(base, lengths), made
+
+
+@form
+def rows_of_a_length(directory: Path) -> Made:
+    return of_length(*store(directory, "BF16"), directory)
+
+
+@form
+def low_rank_of_a_length(directory: Path) -> Made:
+    """As of DoRA."""
+    return of_length(*low_rank(*store(directory, "BF16"), directory, "F32", 1.5), directory)
 
 
 @form
@@ -314,9 +358,18 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert set(FLOAT_DTYPES) <= set(DTYPE_BYTES)
 
 
+def test_rows_that_are_cut_are_of_the_form_that_is_read_fastest(tmp_path: Path) -> None:
+    stored, _ = store(tmp_path, "BF16")
+    view = View(stored, range(4, 14), (range(5),))
+    assert cut(stored, range(40)) is stored
+    assert cut(stored, range(7, 9)) == replace(stored, shape=(2, 64), offset=5 + 7 * 128)
+    assert cut(Zeros(9, 3), range(2, 4)) == Zeros(2, 3)
+    assert cut(view, range(2, 4)) == View(view, range(2, 4), (range(5),))
+
+
 def test_the_compiled_values_are_those_of_numpy() -> None:
     """Every value of 16 bits."""
-    widen = compiled_widen()
+    widen = compiled_arithmetic().widen
     every = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
     for dtype in ("BF16", "F16"):
         one, two = np.empty(1 << 16, np.float32), np.empty(1 << 16, np.float32)
@@ -492,14 +545,14 @@ def test_a_factor_is_read_once_for_all_chunks(tmp_path: Path) -> None:
     assert b.reads == [(first * 8, 64) for first in range(0, 40, 8)]
 
 
-def test_another_way_to_widen(tmp_path: Path) -> None:
+def test_another_arithmetic(tmp_path: Path) -> None:
     stored, _ = store(tmp_path, "BF16")
 
     def widen(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
         out[:] = len(raw)
         return 5.0
 
-    with closing(RowReader(widen)) as reader:
+    with closing(RowReader(replace(WITH_NUMPY, widen=widen))) as reader:
         found, largest = read(stored, reader, 40)
     assert (found == 40 * 128).all() and largest == 5.0
 
