@@ -26,6 +26,7 @@ from gguf3n.pipeline import run
 from gguf3n.planning import Plan, make_plan
 from gguf3n.progress import OnProgress
 from gguf3n.recipes import For, Keep, Recipe, extract_recipe, find_recipe, override
+from gguf3n.slicing import padding_notices
 
 PART_KINDS = {For.TEXT: PartKind.TEXT, For.MMPROJ: PartKind.MMPROJ}
 ENCODER_PATTERN = re.compile(r"(?:re:)?(?:v|a|mm)\\?\.")
@@ -235,6 +236,7 @@ def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
     texts = [recipe for recipe in options.recipes if recipe.part is For.TEXT]
     encoders = [recipe for recipe in options.recipes if recipe.part is For.MMPROJ]
     plans = plan_all(text_part(source), texts, options.imatrix) if texts else []
+    plans = [replace(each, notices=(*each.notices, *padding_notices(each))) for each in plans]
     if encoders:
         part = mmproj_part(source, vision=options.vision, audio=options.audio)
         plans += [make_plan(part, recipe, force_types=options.force_types) for recipe in encoders]

@@ -30,7 +30,8 @@ BELOW: dict[str, set[str]] = {
     "plots": {"errors", "formats"},
     "planning": {"errors", "formats", "gemma3n", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
-    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes"},
+    "slicing": {"errors", "formats", "gemma3n", "planning", "progress", "recipes"},
+    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "slicing"},
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
@@ -39,12 +40,12 @@ BELOW: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "validation", "outside", "progress", "workers", "",
+        "slicing", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "engines", "validation",
+        "engines", "slicing", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

@@ -19,4 +19,4 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize a GGUF file of Gemma 3n to one file, or to several from one read."""
-    write_or_show(lambda: read_gguf(source, allow_requantize=allow_requantize), wanted)
+    write_or_show(lambda _: read_gguf(source, allow_requantize=allow_requantize), wanted)

@@ -23,6 +23,7 @@ from gguf3n.engines.reference import HEAD_POSITIONS, HEAD_ROWS
 from gguf3n.errors import UsageError
 from gguf3n.formats.rows import FLOAT_DTYPES
 from gguf3n.gemma3n.mapping import Storage, map_tensors
+from gguf3n.gemma3n.slices import SlicedCheckpoint
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
 from gguf3n.gemma3n.text import table
 from gguf3n.inspection.subject import Subject
@@ -106,6 +107,8 @@ def reference_need(source: Checkpoint, dtype: str, n_ctx: int, *others: Alternat
 
     Raises: SourceError or a class below it.
     """
+    if isinstance(source, SlicedCheckpoint):
+        source = source.unpadded
     config = source.config
     mapping = map_tensors(table(config), source.tensors, source.origin)
     # logits of some positions, their soft cap, and of one position the log-probabilities in float64

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
+from gguf3n.formats.safetensors_writer import write_checkpoint
 from gguf3n.gemma3n.names import TEXT_PREFIX
+from gguf3n.gemma3n.slices import SlicedCheckpoint
 from gguf3n.gemma3n.source import Source, open_checkpoint
 
 _TEXT_NAMES = {TEXT_PREFIX.pattern: "model."}
@@ -37,7 +40,7 @@ class Reference:
     """A checkpoint that transformers has loaded; only its text model, whatever else it holds.
 
     Args:
-        source: a checkpoint directory, or one that is open.
+        source: a checkpoint directory, or one that is open; also a slice, whose padding is left out.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
         dtype: what the weights are taken to and the layers computed in, "float32" or "bfloat16".
 
@@ -55,6 +58,10 @@ class Reference:
 
         self._torch = torch
         self.source = open_checkpoint(source)
+        self._sliced: TemporaryDirectory[str] | None = None
+        if isinstance(self.source, SlicedCheckpoint):
+            self.source = self.source.unpadded
+            self._sliced = TemporaryDirectory(prefix="gguf3n-slice-")
         self.directory = self.source.path
         self.dtype = dtype
         text = self.source.raw_config.get("text_config", self.source.raw_config)
@@ -70,7 +77,7 @@ class Reference:
         transformers.utils.logging.disable_progress_bar()
         try:
             model, info = transformers.Gemma3nForCausalLM.from_pretrained(
-                self.directory,
+                self._weights(),
                 config=transformers.Gemma3nTextConfig(**text),
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
@@ -95,10 +102,20 @@ class Reference:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _weights(self) -> Path:
+        """The directory with the weights; those of a slice are written to one for as long as it is needed."""
+        if self._sliced is None:
+            return self.directory
+        directory = Path(self._sliced.name)
+        write_checkpoint(directory, list(self.source.tensors.values()), {})
+        return directory
+
     def close(self) -> None:
         """Frees the model."""
         self._model = None
         gc.collect()  # its parts refer to each other
+        if self._sliced is not None:
+            self._sliced.cleanup()
         if self.device == "cuda":
             self._torch.cuda.empty_cache()
 
