@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +24,16 @@ from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.slices import SlicedCheckpoint, take_slice
 from gguf3n.gemma3n.source import Checkpoint, open_checkpoint
 from gguf3n.recipes import find_recipe
-from gguf3n.slicing import choose_slice, slice_sizes
+from gguf3n.slicing import GIB, choose_slice, slice_sizes
 from gguf3n.validation.divergence import measure
 from gguf3n.validation.result import Verdict
 from tests import micro
 from tests.test_cli import Result, in_process, run
+from workshop.places import DOCS
 
 __all__ = ["in_process"]
+
+PAGE = DOCS / "slices.md"
 
 TOKENS = [2, *np.random.default_rng(1).integers(494, 1020, 31).tolist()]
 FEW = ("E2B", "E2.98B-block", "E2.69B-layer")
@@ -63,7 +68,9 @@ def test_llama_cpp_says_what_transformers_says_of_the_slice(name: str, tiny_e4b:
     assert found.mean <= 1e-5 and found.top1_agreement == 1
 
 
-def test_zeros_for_the_gates_of_sparse_layers_would_be_wrong(tiny_e4b: Path, tmp_path: Path) -> None:
+def test_zeros_for_the_gates_of_sparse_layers_would_be_wrong(
+    tiny_e4b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the measure above sees: the same file with zeros for the rows that are repeated is another model."""
     made = taken(tiny_e4b, "E2.69B-layer")
     tensors = dict(made.tensors)
@@ -72,7 +79,12 @@ def test_zeros_for_the_gates_of_sparse_layers_would_be_wrong(tiny_e4b: Path, tmp
         if len(tensors[name].rows) == 2:
             tensors[name] = replace(tensors[name], rows=(tensors[name].rows[0], gguf3n.Zeros(256, 256)))
     means = []
-    reference = list(Reference(made).logprobs(TOKENS))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with Reference(made) as model:
+        reference = list(model.logprobs(TOKENS))
+        assert list((tmp_path / "temporary").glob("gguf3n-slice-*"))
+    assert not list((tmp_path / "temporary").glob("gguf3n-slice-*"))
     for source in (made, replace(made, tensors=tensors)):
         (written,) = gguf3n.convert(source, "F32", tmp_path / "x.gguf", force=True)
         with LlamaCpp(written.path, n_ctx=128, n_threads=1) as model:
@@ -80,8 +92,8 @@ def test_zeros_for_the_gates_of_sparse_layers_would_be_wrong(tiny_e4b: Path, tmp
     assert means[0] <= 1e-5 and means[1] > 10 * means[0]
 
 
-def test_a_padded_slice_is_valid(small: Path, tmp_path: Path) -> None:
-    made = taken(small, "E2.69B-layer")
+def test_a_padded_slice_is_valid(tiny_e4b: Path, tmp_path: Path) -> None:
+    made = taken(tiny_e4b, "E2.69B-layer")
     (written,) = gguf3n.convert(made, "Q8_0", tmp_path / "x.gguf")
     assert gguf3n.validate(written.path, made, stages=["structure", "tensors"]).verdict is Verdict.PASS
 
@@ -90,7 +102,7 @@ def test_widths_that_differ_are_written_and_told(small: Path, tmp_path: Path) ->
     made = taken(small, "E2.69B-layer", pad=False)
     (written,) = gguf3n.convert(made, "Q8_0", tmp_path / "x.gguf")
     file = gguf3n.open_gguf(written.path)
-    widths = file.value("gemma3n.feed_forward_length").tolist()
+    widths = file.value("gemma3n.feed_forward_length")
     assert widths == list(made.slice.widths) and len(set(widths)) == 2
     assert any("llama.cpp loads only one FFN width" in notice for notice in written.plan.notices)
     assert [f.check.id for f in gguf3n.lint(written.path).findings if f.check.id == "mixed-ffn"] == ["mixed-ffn"]
@@ -108,13 +120,27 @@ def test_sizes_of_the_published_model() -> None:
     assert all(each.true_bytes < each.padded_bytes for each in sizes if each.is_mixed)
 
 
+def test_the_page_has_these_sizes() -> None:
+    rows = re.findall(r"^\| `(E[\w.-]+)` \| .* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (.*) \|$", PAGE.read_text(), re.M)
+    assert [tuple(row) for row in rows] == [
+        (
+            each.named.name,
+            f"{each.named.mmlu:.1f}",
+            f"{each.n_effective / 1e9:.2f}",
+            f"{each.true_bytes / GIB:.2f}",
+            f"{each.padded_bytes / GIB:.2f}" if each.is_mixed else "as it is",
+        )
+        for each in slice_sizes(find_recipe("Q4_K_M"))
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"max_bytes": 5e9, "pad": True}, "E3.59B-layer"),
         ({"max_bytes": 4.5e9, "pad": True}, "E1.96B-layer"),
         ({"max_bytes": 4e9, "pad": True}, "E2B"),
-        ({"max_bytes": 4e9, "pad": False}, "E2.73B-block"),
+        ({"max_bytes": 4e9, "pad": False}, "E2.69B-layer"),
         ({"max_parameters": 2.5e9}, "E2.49B-block"),
         ({"max_parameters": 2.98e9}, "E2.98B-block"),
         ({"max_parameters": 9e9}, "E3.59B-layer"),
@@ -242,7 +268,7 @@ def test_slice_writes_a_checkpoint(small: Path, tmp_path: Path) -> None:
     other = run(tmp_path, "convert", small, "--slice", "E2B", "-q", "Q8_0", "-o", "other.gguf")
     assert one.code == other.code == 0
     compared = run(tmp_path, "diff", "--data", "one.gguf", "other.gguf")
-    assert compared.stdout.splitlines()[-1] == "different: 1 keys, values of all 722 tensors the same"
+    assert compared.stdout.splitlines()[-1] == "different: 1 keys, values of all 727 tensors the same"
 
 
 @pytest.mark.parametrize(

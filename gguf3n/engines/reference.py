@@ -7,10 +7,12 @@ the logits a few positions at a time: what is in memory depends on the vocabular
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -58,11 +60,10 @@ class Reference:
 
         self._torch = torch
         self.source = open_checkpoint(source)
-        self._sliced: TemporaryDirectory[str] | None = None
         if isinstance(self.source, SlicedCheckpoint):
             self.source = self.source.unpadded
-            self._sliced = TemporaryDirectory(prefix="gguf3n-slice-")
         self.directory = self.source.path
+        self._remove: Callable[[], object] = lambda: None
         self.dtype = dtype
         text = self.source.raw_config.get("text_config", self.source.raw_config)
         if text.get("model_type") != "gemma3n_text":
@@ -103,19 +104,19 @@ class Reference:
         self.close()
 
     def _weights(self) -> Path:
-        """The directory with the weights; those of a slice are written to one for as long as it is needed."""
-        if self._sliced is None:
+        """The directory with the weights; those of a slice are written to one, which stays until `close`."""
+        if not isinstance(self.source, SlicedCheckpoint):
             return self.directory
-        directory = Path(self._sliced.name)
-        write_checkpoint(directory, list(self.source.tensors.values()), {})
+        directory = Path(tempfile.mkdtemp(prefix="gguf3n-slice-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        write_checkpoint(directory, list(self.source.tensors.values()), {"generation_config.json": b"{}"})
         return directory
 
     def close(self) -> None:
         """Frees the model."""
         self._model = None
         gc.collect()  # its parts refer to each other
-        if self._sliced is not None:
-            self._sliced.cleanup()
+        self._remove()
         if self.device == "cuda":
             self._torch.cuda.empty_cache()
 
