@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import gguf3n
-from gguf3n.engines.llama_cpp import LlamaCpp
+from gguf3n.engines.llama_cpp import open_llama_cpp
 from gguf3n.engines.reference import Reference
 from gguf3n.errors import QuantizationError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
@@ -28,7 +29,7 @@ from gguf3n.slicing import GIB, choose_slice, slice_sizes
 from gguf3n.validation.divergence import measure
 from gguf3n.validation.result import Verdict
 from tests import micro
-from tests.test_cli import Result, in_process, run
+from tests.test_cli import Result, in_process
 from workshop.places import DOCS
 
 __all__ = ["in_process"]
@@ -36,8 +37,8 @@ __all__ = ["in_process"]
 PAGE = DOCS / "slices.md"
 
 TOKENS = [2, *np.random.default_rng(1).integers(494, 1020, 31).tolist()]
-FEW = ("E2B", "E2.98B-block", "E2.69B-layer")
-"""One that llama.cpp loads as it is, one by blocks and one by layers, whose sparse layers are padded too."""
+FEW = ("E2B", "E2.98B-block")
+"""One that llama.cpp loads as it is and one that is padded; one by layers is below, with its sparse layers."""
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +64,7 @@ def test_llama_cpp_says_what_transformers_says_of_the_slice(name: str, tiny_e4b:
     """The checkpoint that is written, with true widths, against the GGUF file, padded where they are mixed."""
     gguf3n.write_slice(taken(tiny_e4b, name, pad=False), tmp_path / "slice")
     (written,) = gguf3n.convert(taken(tiny_e4b, name), "F32", tmp_path / "slice.gguf")
-    with LlamaCpp(written.path, n_ctx=128, n_threads=1) as model:
+    with closing(open_llama_cpp(written.path, n_ctx=128, n_threads=1)) as model:
         found = measure(Reference(tmp_path / "slice").logprobs(TOKENS), model.logprobs(TOKENS))
     assert found.mean <= 1e-5 and found.top1_agreement == 1
 
@@ -87,7 +88,7 @@ def test_zeros_for_the_gates_of_sparse_layers_would_be_wrong(
     assert not list((tmp_path / "temporary").glob("gguf3n-slice-*"))
     for source in (made, replace(made, tensors=tensors)):
         (written,) = gguf3n.convert(source, "F32", tmp_path / "x.gguf", force=True)
-        with LlamaCpp(written.path, n_ctx=128, n_threads=1) as model:
+        with closing(open_llama_cpp(written.path, n_ctx=128, n_threads=1)) as model:
             means.append(measure(reference, model.logprobs(TOKENS)).mean)
     assert means[0] <= 1e-5 and means[1] > 10 * means[0]
 
@@ -228,18 +229,18 @@ def test_a_type_that_needs_importances(tiny_e4b: Path, tmp_path: Path) -> None:
 Command = Callable[..., Result]
 
 
-def test_slices_lists_them(tmp_path: Path) -> None:
-    plain, as_json = run(tmp_path, "slices", "-q", "Q8_0"), run(tmp_path, "slices", "--json")
+def test_slices_lists_them(tmp_path: Path, in_process: Command) -> None:
+    plain, as_json = in_process(tmp_path, "slices", "-q", "Q8_0"), in_process(tmp_path, "slices", "--json")
     assert plain.code == as_json.code == 0
     assert [line.split()[0] for line in plain.stdout.splitlines()[1:17]] == [named.name for named in NAMED_SLICES]
     assert all(len(line) <= 80 for line in plain.stdout.splitlines())
     assert [entry["mmlu"] for entry in as_json.json] == [named.mmlu for named in NAMED_SLICES]
     assert as_json.json[-1]["bytes"] == as_json.json[-1]["padded_bytes"]
-    assert run(tmp_path, "slices", "-q", "Q9").code == 2
+    assert in_process(tmp_path, "slices", "-q", "Q9").code == 2
 
 
-def test_convert_takes_a_slice(small: Path, tmp_path: Path) -> None:
-    padded = run(tmp_path, "convert", small, "--slice", "e2.98b-block", "-q", "Q8_0", "--json")
+def test_convert_takes_a_slice(small: Path, tmp_path: Path, in_process: Command) -> None:
+    padded = in_process(tmp_path, "convert", small, "--slice", "e2.98b-block", "-q", "Q8_0", "--json")
     assert padded.code == 0
     (output,) = padded.json["outputs"]
     assert (
@@ -248,26 +249,30 @@ def test_convert_takes_a_slice(small: Path, tmp_path: Path) -> None:
     (said,) = (notice for notice in padded.json["notices"] if "padded" in notice)
     assert said.startswith("Q8_0: 20 of 35 layers are padded to 64")
     (tmp_path / "mine.toml").write_text("skip = [20]\nwidths = 32\n")
-    mine = run(tmp_path, "convert", small, "--slice", "mine.toml", "-q", "Q8_0", "--json", "--dry-run")
+    mine = in_process(tmp_path, "convert", small, "--slice", "mine.toml", "-q", "Q8_0", "--json", "--dry-run")
     assert mine.json["outputs"][0]["path"] == "e4b-mine-Q8_0.gguf"
     assert not any("padded" in notice for notice in mine.json["notices"])
     assert mine.json["outputs"][0]["bytes"] < output["bytes"]
-    true = run(tmp_path, "convert", small, "--slice", "E2.98B-block", "--no-pad", "-q", "Q8_0", "--json", "--dry-run")
+    true = in_process(
+        tmp_path, "convert", small, "--slice", "E2.98B-block", "--no-pad", "-q", "Q8_0", "--json", "--dry-run"
+    )
     assert true.json["outputs"][0]["bytes"] < output["bytes"]
-    best = run(tmp_path, "convert", small, "--slice", "auto", "--params", "10B", "-q", "Q8_0", "--json", "--dry-run")
+    best = in_process(
+        tmp_path, "convert", small, "--slice", "auto", "--params", "10B", "-q", "Q8_0", "--json", "--dry-run"
+    )
     assert best.json["outputs"][0]["path"] == "e4b-E3.59B-layer-Q8_0.gguf"
 
 
-def test_slice_writes_a_checkpoint(small: Path, tmp_path: Path) -> None:
-    written = run(tmp_path, "slice", small, "E2B", "-o", "out", "--json")
+def test_slice_writes_a_checkpoint(small: Path, tmp_path: Path, in_process: Command) -> None:
+    written = in_process(tmp_path, "slice", small, "E2B", "-o", "out", "--json")
     assert written.code == 0
     assert {entry["path"] for entry in written.json["files"]} == {f"out/{p.name}" for p in (tmp_path / "out").iterdir()}
-    again = run(tmp_path, "slice", small, "E2B", "-o", "out")
+    again = in_process(tmp_path, "slice", small, "E2B", "-o", "out")
     assert (again.code, again.errors) == (10, ["error: out is not empty"])
-    one = run(tmp_path, "convert", "out", "-q", "Q8_0", "-o", "one.gguf")
-    other = run(tmp_path, "convert", small, "--slice", "E2B", "-q", "Q8_0", "-o", "other.gguf")
+    one = in_process(tmp_path, "convert", "out", "-q", "Q8_0", "-o", "one.gguf")
+    other = in_process(tmp_path, "convert", small, "--slice", "E2B", "-q", "Q8_0", "-o", "other.gguf")
     assert one.code == other.code == 0
-    compared = run(tmp_path, "diff", "--data", "one.gguf", "other.gguf")
+    compared = in_process(tmp_path, "diff", "--data", "one.gguf", "other.gguf")
     assert compared.stdout.splitlines()[-1] == "different: 1 keys, values of all 727 tensors the same"
 
 
