@@ -68,6 +68,10 @@ def choose_slice(
     Raises: UsageError where none fits, or for a model that has none.
     """
     known = slice_sizes(recipe, config)
+    if not known:
+        raise UsageError(
+            f"{recipe.name}: the recipe is for another size of model", expected="one for 30 or 35 layers, or for any"
+        )
     fitting = [
         each
         for each in known

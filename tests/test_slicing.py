@@ -17,10 +17,11 @@ from gguf3n.engines.llama_cpp import open_llama_cpp
 from gguf3n.engines.reference import Reference
 from gguf3n.errors import QuantizationError, UsageError
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix
+from gguf3n.formats.safetensors_writer import write_checkpoint
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.named_slices import NAMED_SLICES, find_slice
-from gguf3n.gemma3n.part import Part, text_part
+from gguf3n.gemma3n.part import Part, mmproj_part, text_part
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.slices import SlicedCheckpoint, take_slice
 from gguf3n.gemma3n.source import Checkpoint, open_checkpoint
@@ -60,9 +61,13 @@ def taken(source: Path, name: str, *, pad: bool = True) -> SlicedCheckpoint:
     "name",
     [*FEW, *(pytest.param(n.name, marks=pytest.mark.slow) for n in NAMED_SLICES if n.name not in FEW)],
 )
-def test_llama_cpp_says_what_transformers_says_of_the_slice(name: str, tiny_e4b: Path, tmp_path: Path) -> None:
-    """The checkpoint that is written, with true widths, against the GGUF file, padded where they are mixed."""
+def test_llama_cpp_says_what_transformers_says_of_the_slice(
+    name: str, tiny_e4b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that is written, of true widths and in shards, against the GGUF file, padded where they differ."""
+    monkeypatch.setitem(write_checkpoint.__kwdefaults__, "max_shard_bytes", 20_000_000)
     gguf3n.write_slice(taken(tiny_e4b, name, pad=False), tmp_path / "slice")
+    assert len(list((tmp_path / "slice").glob("*.safetensors"))) > 1
     (written,) = gguf3n.convert(taken(tiny_e4b, name), "F32", tmp_path / "slice.gguf")
     with closing(open_llama_cpp(written.path, n_ctx=128, n_threads=1)) as model:
         found = measure(Reference(tmp_path / "slice").logprobs(TOKENS), model.logprobs(TOKENS))
@@ -107,6 +112,17 @@ def test_widths_that_differ_are_written_and_told(small: Path, tmp_path: Path) ->
     assert widths == list(made.slice.widths) and len(set(widths)) == 2
     assert any("llama.cpp loads only one FFN width" in notice for notice in written.plan.notices)
     assert [f.check.id for f in gguf3n.lint(written.path).findings if f.check.id == "mixed-ffn"] == ["mixed-ffn"]
+
+
+def test_vision_and_audio_belong_to_every_slice(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint(size="tiny-e4b", multimodal=True)
+    made = taken(source, "E2B", pad=False)
+    written = gguf3n.write_slice(made, tmp_path / "slice")
+    assert {path.name for path in written} == {path.name for path in source.iterdir()}
+    whole, sliced = mmproj_part(open_checkpoint(source)), mmproj_part(made)
+    assert (sliced.tensors, len(sliced.keys)) == (whole.tensors, len(whole.keys))
+    copied = mmproj_part(open_checkpoint(tmp_path / "slice"))
+    assert [(t.name, t.shape) for t in copied.tensors] == [(t.name, t.shape) for t in whole.tensors]
 
 
 # sizes
@@ -156,6 +172,14 @@ def test_none_fits() -> None:
     with pytest.raises(UsageError, match="no named slice fits") as caught:
         choose_slice(PUBLISHED["E4B"], find_recipe("Q8_0"), max_bytes=1e9, max_parameters=1e9)
     assert caught.value.found == "--size 1GB and --params 1B" and "E2B" in (caught.value.expected or "")
+
+
+def test_a_recipe_for_another_model(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text('type = "Q8_0"\nn_layers = 22\n')
+    recipe = find_recipe(str(tmp_path / "other.toml"))
+    assert slice_sizes(recipe) == []
+    with pytest.raises(UsageError, match="for another size of model"):
+        choose_slice(PUBLISHED["E4B"], recipe, max_bytes=1e12)
 
 
 # importance matrices

@@ -50,7 +50,7 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
     if isinstance(part.source, SlicedCheckpoint) and part.kind is PartKind.TEXT:
         imatrix, is_whole = of_slice(imatrix, part.source)
         if is_whole:
-            notices.append(f"{imatrix.path}: measured on the whole model; what the slice's own would be is near it")
+            notices.append(f"{imatrix.path}: measured on the whole model, not on the slice")
     tensors = {tensor.name: tensor for tensor in part.tensors}
     unknown = [name for name in imatrix.entries if name not in tensors]
     if len(unknown) == len(imatrix.entries):

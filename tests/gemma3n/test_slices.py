@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -154,6 +155,15 @@ def test_every_layout(layout: str, tmp_path: Path) -> None:
     assert [tensor.name for tensor in gguf3n.text_part(made).tensors] == [
         rule.name(bid) for rule, bid in table(made.config).order
     ]
+
+
+def test_a_model_without_shared_keys_and_values(tmp_path: Path) -> None:
+    """As transformers 5 saves it."""
+    shared = re.compile(r".*\.layers\.(2\d|3\d)\.self_attn\.(k_proj|v_proj|k_norm)\..*")
+    arrays = {name: array for name, array in ARRAYS.items() if not shared.fullmatch(name)}
+    assert len(ARRAYS) - len(arrays) == 3 * 15
+    made = take_slice(micro.make(tmp_path / "e4b", raw=RAW, arrays=arrays), find_slice("E2B").of(PUBLISHED_SMALL))
+    assert sum(tensor.missing for tensor in gguf3n.text_part(made).tensors) == 3 * 10
 
 
 PUBLISHED_SMALL = replace(PUBLISHED["E4B"], intermediate_size=(64,) * 35)
