@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gguf3n.formats.rows import LowRank, Padded, RowReader, SourceTensor, Stored, View, Zeros
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.named_slices import find_slice
-    from gguf3n.gemma3n.part import Part, PartKind, text_part
+    from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
     from gguf3n.gemma3n.slices import Slice, SlicedCheckpoint, take_slice
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
     from gguf3n.inspection.diff import Difference, KeyChange, TensorChange, TokenChange, diff
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
     from gguf3n.quants.api import dequantize, quantize
-    from gguf3n.recipes import Decision, Keep, Recipe, Rule, find_recipe
+    from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.slicing import write_slice
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from gguf3n.validation.tensor_errors import TensorError, TensorsResult
     from gguf3n.validation.tokens import TokensResult
     from gguf3n.validation.validate import Validation, validate
+    from gguf3n.validation.vision import VisionResult
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "Finding",
     "FindingsError",
     "Fix",
+    "For",
     "GGUFArray",
     "GGUFError",
     "GGUFFile",
@@ -93,6 +95,7 @@ __all__ = [
     "Gguf3nError",
     "Group",
     "HubError",
+    "ImageRows",
     "ImportanceMatrix",
     "Interrupted",
     "Keep",
@@ -142,6 +145,7 @@ __all__ = [
     "ValidationOptions",
     "Verdict",
     "View",
+    "VisionResult",
     "Zeros",
     "convert",
     "dequantize",
@@ -154,6 +158,7 @@ __all__ = [
     "measure_importance",
     "measure_statistics",
     "merge_imatrices",
+    "mmproj_part",
     "open_gguf",
     "parse_options",
     "parse_validation",
@@ -188,6 +193,7 @@ _HOMES = {
     "Finding": "inspection.lint",
     "FindingsError": "errors",
     "Fix": "inspection.repair",
+    "For": "recipes",
     "GGUFArray": "formats.gguf_reader",
     "GGUFError": "errors",
     "GGUFFile": "formats.gguf_reader",
@@ -197,6 +203,7 @@ _HOMES = {
     "Gguf3nError": "errors",
     "Group": "inspection.lint",
     "HubError": "errors",
+    "ImageRows": "recipes",
     "ImportanceMatrix": "formats.imatrix",
     "Interrupted": "errors",
     "Keep": "recipes",
@@ -246,6 +253,7 @@ _HOMES = {
     "ValidationOptions": "validation.options",
     "Verdict": "validation.result",
     "View": "formats.rows",
+    "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
     "convert": "conversion",
     "dequantize": "quants.api",
@@ -258,6 +266,7 @@ _HOMES = {
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
+    "mmproj_part": "gemma3n.part",
     "open_gguf": "formats.gguf_reader",
     "parse_options": "conversion",
     "parse_validation": "validation.options",

@@ -116,7 +116,7 @@ def parse_options(
     recipes = [override(recipe, ple=ple, token_embd=token_embd, tensor_types=of_text, keep=keep) for recipe in texts]
     recipes += [override(recipe, tensor_types=of_encoders) for recipe in encoders]
     output = None if output is None else Path(output)
-    output_paths([PART_KINDS[recipe.part].value.format(name="", quant=recipe.name) for recipe in recipes], output)
+    output_paths([PART_KINDS[recipe.part].value.format(name="NAME", quant=recipe.name) for recipe in recipes], output)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, str | Path) else imatrix
     return ConversionOptions(tuple(recipes), output, matrix, threads, force, vision, audio, force_types)
 

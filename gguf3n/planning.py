@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,14 @@ from gguf3n.formats.ggml_types import GGML_TYPES, Importances
 from gguf3n.formats.gguf_layout import KeyValue, QType, aligned, tensor_bytes
 from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
 from gguf3n.gemma3n.config import Config
+from gguf3n.gemma3n.end_of_image import MARK
 from gguf3n.gemma3n.importance import Importance
 from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.metadata import file_keys
 from gguf3n.gemma3n.mmproj import RUNS
 from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.published import ENCODER_HEADER_BYTES, HEADER_BYTES, encoder_outline, outline
-from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, Keep, Recipe, Tensor, check_rules
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, ImageRows, Keep, Recipe, Tensor, check_rules
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def make_plan(
         recipe,
         layout,
         tuple(
-            PlannedTensor(tensor, slot, decision.reason, decision.rule, weights.get(tensor.name))
+            PlannedTensor(_with_rows(tensor, recipe), slot, decision.reason, decision.rule, weights.get(tensor.name))
             for tensor, slot, decision in zip(part.tensors, layout.slots, decisions, strict=True)
         ),
         (
@@ -114,13 +115,19 @@ def make_plan(
     )
 
 
+def _with_rows(tensor: MappedTensor, recipe: Recipe) -> MappedTensor:
+    """A tensor with the rows that the recipe wants where there are two kinds."""
+    wants_plain = recipe.image_rows is ImageRows.LLAMA_CPP and tensor.plain_rows
+    return replace(tensor, rows=tensor.plain_rows) if wants_plain else tensor
+
+
 def _with_file_keys(part: Part, recipe: Recipe) -> list[KeyValue]:
     """A part's keys with those that say how the file is quantized; of the mmproj file in the converter's order."""
     version, ftype = file_keys(recipe.ftype)
     if part.kind is PartKind.TEXT:
         return [*part.keys, version, ftype]
     general = [key for key in part.keys if key.name.startswith("general.")]
-    return [*general, ftype, *part.keys[len(general) :], version]
+    return [*general, ftype, *(key for key in part.keys if key not in general), version]
 
 
 def _check_runs(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> None:
@@ -225,6 +232,11 @@ def _keep(tensor: MappedTensor, recipe: Recipe, unfit_for_f16: Collection[str]) 
 def _notices(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> list[str]:
     """What a user should know of the types chosen."""
     notices = [recipe.note] if recipe.part is For.MMPROJ and recipe.note else []
+    if recipe.image_rows is ImageRows.MODEL and any(tensor.plain_rows for tensor in tensors):
+        notices.append(
+            f"{recipe.name}: the rows of {MARK} are the model's own, so that pictures are read as it reads them; "
+            "llama.cpp's converter writes padding there, as NAME@llama.cpp does"
+        )
     unfit = [
         tensor.name
         for tensor, decision in zip(tensors, decisions, strict=True)

@@ -54,6 +54,8 @@ NAME_LENGTH, TITLE_LENGTH = 38, 90
 WIDTH, PANEL_HEIGHT, DPI = 12.0, 6.2, 100
 TICK_STRIDES = (1, 2, 5, 10, 20, 50)
 TICK_PIXELS = 36
+CHARACTER_PIXELS = 10
+"""Of a label at an axis, rather more than it has."""
 LABEL_OFFSETS = ((0, 9), (9, 0), (-9, 0), (9, 9), (-9, 9), (0, 18), (0, -9), (14, 14), (-14, 14), (0, 27))
 """Where a number may stand beside its mark, in points, the first that is free."""
 
@@ -250,7 +252,7 @@ def _draw_sections(axes: Any, magnitudes: Sequence[Magnitude]) -> None:
         ticks |= _numbered(magnitudes, start, end, pixels)
     kept: list[int] = []
     for x in ticks:
-        if not kept or (x - kept[-1]) * pixels >= TICK_PIXELS:
+        if not kept or (x - kept[-1]) * pixels >= _room(ticks[x]):
             kept.append(x)
     axes.set_xticks(kept, [ticks[x] for x in kept])
 
@@ -265,9 +267,14 @@ def _numbered(magnitudes: Sequence[Magnitude], start: int, end: int, pixels: flo
         chosen = {x: ".".join(map(str, numbers)) for numbers, x in firsts.items() if numbers[-1] % stride == 0}
         positions = list(chosen)
         spaces = sorted((b - a) * pixels for a, b in itertools.pairwise(positions))
-        if not spaces or spaces[len(spaces) // 2] >= TICK_PIXELS:
+        if not spaces or spaces[len(spaces) // 2] >= max(map(_room, chosen.values())):
             break
     return chosen
+
+
+def _room(label: str) -> int:
+    """Pixels from the label before it, so that a reader sees two."""
+    return max(TICK_PIXELS, CHARACTER_PIXELS * (len(label) + 1))
 
 
 def _draw_errors(axes: Any, errors: Sequence[LayerError]) -> None:

@@ -17,11 +17,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import gguf3n
+from gguf3n.recipes import ImageRows
 from workshop import checkpoints, llama_cpp_tools
 from workshop.comparison import GOLDEN, NEEDY, OURS, TYPES, describe, differences, meant, random_importances
 from workshop.snapshots import FTYPES
@@ -31,7 +33,8 @@ def compare(source: Path, quant: str, directory: Path) -> int:
     """Convert with both, print the differences; returns how many are not meant."""
     theirs, ours = directory / "theirs.gguf", directory / "ours.gguf"
     llama_cpp_tools.run(llama_cpp_tools.convert_command(source, theirs, quant.lower()))
-    gguf3n.convert(source, OURS.get(quant, quant), ours, force=True)
+    recipe = replace(gguf3n.find_recipe(OURS.get(quant, quant)), image_rows=ImageRows.LLAMA_CPP)
+    gguf3n.convert(source, recipe, ours, force=True)
     facts = describe(ours)
     found = differences(facts, describe(theirs))
     unmeant = [difference for difference in found if meant(quant, difference[0]) is None]
@@ -51,7 +54,7 @@ def compare(source: Path, quant: str, directory: Path) -> int:
 def compare_quantize(source: Path, quants: Sequence[str], directory: Path) -> int:
     """Quantize with both, with and without importances; returns how many tensors differ in type or bytes."""
     full, theirs, ours, file = (directory / name for name in ("full.gguf", "theirs.gguf", "ours.gguf", "imatrix.npz"))
-    gguf3n.convert(source, "BF16", full)  # the comparison with the converter proves that it writes the same
+    gguf3n.convert(source, "BF16@llama.cpp", full)  # the comparison with the converter proves that it writes the same
     n_different = 0
     for quant in quants:
         for guided in (False, True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,12 @@ def test_the_tables_name_every_quantization() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=name_of)
 def test_python_blocks_run(
     page: Path,
-    tiny_checkpoint: Path,
+    make_checkpoint: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / CHECKPOINT).symlink_to(tiny_checkpoint)
+    (tmp_path / CHECKPOINT).symlink_to(make_checkpoint(multimodal=True))
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for line, code in blocks(page, "python"):

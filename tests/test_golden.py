@@ -90,7 +90,7 @@ SEP = "key tokenizer.ggml.add_sep_token/"  # false, and read from tokenizer.json
         ({"layout": "nested", "shards": 3}, []),
         ({"tokenizer": "model"}, [(f"{SEP}type", None, "bool"), (f"{SEP}value", None, "false")]),
         ({"tokenizer": "json"}, []),
-        ({"multimodal": True}, []),
+        ({"multimodal": True}, []),  # tests/gemma3n/test_end_of_image.py has what is other without @llama.cpp
     ],
     ids=["nested-sharded", "tokenizer.model", "tokenizer.json", "multimodal"],
 )
@@ -103,7 +103,7 @@ def test_the_same_file_from_every_form_of_the_checkpoint(
     missing: list[tuple[str, Any, Any]],
 ) -> None:
     source = named_like_the_recorded_one(make_checkpoint(**options))
-    (written,) = gguf3n.convert(source, "BF16", tmp_path / "x.gguf")
+    (written,) = gguf3n.convert(source, "BF16@llama.cpp", tmp_path / "x.gguf")
     assert differences(describe(written.path), golden["BF16"]) == missing
 
 

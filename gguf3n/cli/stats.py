@@ -19,7 +19,6 @@ from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.half import F16_MAX
-from gguf3n.gemma3n.part import text_part
 from gguf3n.inspection.network import Section, short_name
 from gguf3n.inspection.statistics import (
     ACTIVATION_MAX,
@@ -121,9 +120,9 @@ def stats(
 
 def _compare(file: str, source: str, threads: int | None, quiet: bool) -> TensorsResult:
     from gguf3n.validation.tensors import check_tensors
-    from gguf3n.validation.validate import read_reference
+    from gguf3n.validation.validate import part_for, read_reference
 
-    part = text_part(read_reference(source, show_progress=not quiet))
+    part = part_for(Path(file), read_reference(source, show_progress=not quiet))
     gguf = open_gguf(file, strict=False)
     with progress_bar(quiet=quiet) as progress:
         return check_tensors(gguf, part, threads=threads, progress=progress)

@@ -13,12 +13,11 @@ from gguf3n.cli.paint import filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.engines.activations import read_texts
 from gguf3n.errors import FindingsError, UsageError
-from gguf3n.gemma3n.part import text_part
 from gguf3n.validation.options import N_CTX, N_TOKENS, parse_stages, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Verdict
 from gguf3n.validation.stages import STAGES
-from gguf3n.validation.validate import Validation, check_file, read_reference, run_stages
+from gguf3n.validation.validate import Validation, check_file, part_for, read_reference, run_stages
 
 SCHEMA = "gguf3n.validate/1"
 SHOWN = 5
@@ -38,6 +37,9 @@ def validate(
     ctx: Annotated[int, typer.Option(min=4, help="Tokens read at a time.")] = N_CTX,
     server: Annotated[
         str | None, typer.Option(help="Address of a llama-server that has loaded FILE, to ask it for the logits.")
+    ] = None,
+    text_model: Annotated[
+        Path | None, typer.Option(help="The text model's file, to show pictures to an mmproj FILE through it.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for the reference model.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for the reference model.")] = "float32",
@@ -60,14 +62,12 @@ def validate(
     """Compare a GGUF file with its source, tensor by tensor, token by token. Exit code 12 if it fails."""
     chosen = parse_stages(stages)
     given = {"text": text, "server": server, "save_reference": save_reference, "use_reference": use_reference}
-    given |= {"imatrix": imatrix}
-    for row in STAGES:
-        for name in row.options:
-            if given[name] is not None and row.stage not in chosen:
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(
-                    f"{option} without the stage {row.stage.value}", fix=f"add {row.stage.value} to --stages"
-                )
+    given |= {"imatrix": imatrix, "text_model": text_model}
+    for name, value in given.items():
+        users = [row.stage for row in STAGES if name in row.options]
+        if value is not None and not set(users) & set(chosen):
+            option, names = f"--{name.replace('_', '-')}", " or ".join(stage.value for stage in users)
+            raise UsageError(f"{option} without the stage {names}", fix=f"add {names} to --stages")
     if text is not None and use_reference is not None:
         raise UsageError("--text with --use-reference, which brings its own text", fix="leave one of them out")
     if report is not None:
@@ -79,6 +79,7 @@ def validate(
         n_tokens=tokens,
         n_ctx=ctx,
         server=server,
+        text_model=text_model,
         device=device,
         dtype=dtype,
         save_reference=save_reference,
@@ -88,7 +89,7 @@ def validate(
         force=force,
     )
     source = read_reference(reference, revision=revision, show_progress=not quiet)
-    part = text_part(source)
+    part = part_for(file, source)
     for notice in part.notices:
         print_note("note", notice, quiet=quiet)
     with progress_bar(quiet=quiet) as progress:

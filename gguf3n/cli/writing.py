@@ -16,17 +16,19 @@ from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
 from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
+from gguf3n.engines.vision_reference import check_packages
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.gemma3n.part import PartKind
-from gguf3n.gemma3n.source import Source
+from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.planning import Plan, make_plan
-from gguf3n.recipes import find_recipe
+from gguf3n.recipes import For, find_recipe
 from gguf3n.validation.logits import check_fits
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, Verdict
 from gguf3n.validation.stages import check_extra
 from gguf3n.validation.validate import Validation, run_stages
+from gguf3n.validation.vision import made_bytes
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) 
         check_extra(source, validation, validation.stages)
         if Stage.LOGITS in validation.stages:
             check_fits(source)
+        parts = {recipe.part for recipe in conversion.recipes}
+        if Stage.VISION in validation.stages and isinstance(source, Checkpoint) and For.MMPROJ in parts:
+            check_packages()
+            if For.TEXT not in parts:
+                made_bytes(source, "--quant TYPE as well")
     if wanted.report is not None:
         if len(conversion.recipes) > 1:
             raise UsageError(f"one report for {len(conversion.recipes)} files", fix="validate them one by one")
@@ -136,7 +143,8 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
     """Print what would be written."""
     others: list[Plan | None] = [None] * len(plans)
     if wanted.against is not None:
-        others = [_other_plan(each, wanted.against, conversion) for each in plans]
+        kind = plans[0].part.kind  # the text model's files come first
+        others = [_other_plan(each, wanted.against, conversion) if each.part.kind is kind else None for each in plans]
     paths = output_paths([each.part.file_name(each.recipe.name) for each in plans], conversion.output)
     if wanted.json:
         result["outputs"] = [
@@ -161,10 +169,14 @@ def _validated(written: Sequence[Conversion], validation: ValidationOptions, *, 
     validations: list[Validation] = []
     with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
         kept = Path(folder, "reference.safetensors") if len(written) > 1 and Stage.LOGITS in validation.stages else None
+        texts = [each.path for each in written if each.plan.part.kind is PartKind.TEXT]
         for each in written:
             is_there = kept is not None and kept.exists()
             chosen = replace(
-                validation, save_reference=None if is_there else kept, use_reference=kept if is_there else None
+                validation,
+                save_reference=None if is_there else kept,
+                use_reference=kept if is_there else None,
+                text_model=texts[0] if texts else None,
             )
             with progress_bar(quiet=quiet) as progress:
                 validations.append(

@@ -11,6 +11,7 @@ so it is asked once a position, with the text up to there.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -96,12 +97,22 @@ class LlamaCpp:
         with LlamaCpp("model.gguf") as model:
             model.generate("The capital of France is", 8)
 
+    Args:
+        mmproj: the encoders' file, to see pictures.
+
     Why: keys and values are cached in float32 and flash attention is off, so the file is measured, not the cache.
 
     Raises: GGUFError: llama.cpp does not load the file. UsageError: xllamacpp is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mmproj: str | os.PathLike[str] | None = None,
+        n_ctx: int = 2048,
+        n_threads: int | None = None,
+    ) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -111,6 +122,9 @@ class LlamaCpp:
         self.name = f"llama.cpp's server, xllamacpp {xllamacpp.__version__}"
         params = xllamacpp.CommonParams()
         params.model.path = str(Path(path))
+        if mmproj is not None:
+            params.mmproj.path = str(Path(mmproj))
+            params.mmproj_use_gpu = False
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, 512)
         params.n_parallel = 1
@@ -125,7 +139,8 @@ class LlamaCpp:
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise GGUFError(f"{path}: llama.cpp does not load this file", found=str(error).strip()) from error
+            both = "" if mmproj is None else f" with {mmproj}"
+            raise GGUFError(f"{path}{both}: llama.cpp does not load this file", found=str(error).strip()) from error
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -215,6 +230,24 @@ class LlamaServer:
         for end in range(first + 1, len(token_ids) + 1):
             request = {"prompt": [int(i) for i in token_ids[:end]], "cache_prompt": True, **ALL_CANDIDATES}
             yield self._distribution(self._get("/completion", request))
+
+    def sees(self) -> bool:
+        """Whether it was started with a vision encoder."""
+        return bool(self._properties().get("modalities", {}).get("vision"))
+
+    def logprobs_after_picture(self, before: str, png: bytes, after: str) -> NDArray[np.float32]:
+        """Log-probabilities of the token after a text with a picture in it.
+
+        Shapes: `[vocab]`.
+        """
+        # servers of before 2026 have one marker for all
+        marker = self._properties().get("media_marker", "<__media__>")
+        prompt = {"prompt_string": f"{before}{marker}{after}", "multimodal_data": [base64.b64encode(png).decode()]}
+        return self._distribution(self._get("/completion", {"prompt": prompt, "cache_prompt": True, **ALL_CANDIDATES}))
+
+    def _properties(self) -> dict[str, Any]:
+        properties = self._get("/props")
+        return properties if isinstance(properties, dict) else {}
 
     def _distribution(self, answer: Any) -> NDArray[np.float32]:
         try:

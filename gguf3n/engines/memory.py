@@ -12,6 +12,7 @@ reference in bfloat16 5.72 GB, 5.77 expected; llama.cpp 4.35 GB, 4.6 expected
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ and when their softmax is taken.
 """
 LLAMA_BYTES = 100_000_000
 """Of a process that has loaded llama.cpp, and of its buffers for everything but logits."""
+
+PICTURE_TOKENS = 300
+PICTURE_PIXELS = 768**2
+PICTURE_BYTES = 2_000
+"""Of activations, for each pixel: the widest are 512 channels on a quarter of the width and height, and are copied."""
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container's own limit stands, which may be less than what the machine has."""
@@ -125,6 +131,18 @@ def reference_need(source: Checkpoint, dtype: str, n_ctx: int, *others: Alternat
     if dtype == "float32":
         others = (Alternative("--dtype bfloat16", in_bfloat16), *others)
     return ModelNeed(f"the reference in {dtype}", in_float32 if dtype == "float32" else in_bfloat16, others)
+
+
+def vision_reference_need(source: Checkpoint, dtype: str, *others: Alternative) -> ModelNeed:
+    """Of a checkpoint's vision tower and text model in torch, with a picture and a question.
+
+    Raises: SourceError or a class below it.
+    """
+    text = reference_need(source, dtype, PICTURE_TOKENS)
+    tower = sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if "vision" in name)
+    n_bytes = text.n_bytes + (4 if dtype == "float32" else 2) * tower + PICTURE_BYTES * PICTURE_PIXELS
+    smaller = () if dtype == "bfloat16" else (Alternative("--dtype bfloat16"),)
+    return ModelNeed(f"the reference with its vision tower in {dtype}", n_bytes, (*smaller, *others))
 
 
 def llama_cpp_need(subject: Subject, n_ctx: int, *others: Alternative) -> ModelNeed:

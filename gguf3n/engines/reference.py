@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
+from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
 from gguf3n.formats.safetensors_writer import write_checkpoint
 from gguf3n.gemma3n.names import TEXT_PREFIX
@@ -72,29 +73,15 @@ class Reference:
                 expected="gemma3n_text",
                 found=str(text.get("model_type")),
             )
-        shown = transformers.logging.get_verbosity()
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            model, info = transformers.Gemma3nForCausalLM.from_pretrained(
-                self._weights(),
-                config=transformers.Gemma3nTextConfig(**text),
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                key_mapping=_TEXT_NAMES,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        finally:
-            transformers.logging.set_verbosity(shown)
-            if bars:
-                transformers.utils.logging.enable_progress_bar()
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
-        with self._device_memory():
-            self._model = model.eval().to(self.device)
+        model = load_model(
+            transformers.Gemma3nForCausalLM,
+            self._weights(),
+            config=transformers.Gemma3nTextConfig(**text),
+            dtype=getattr(torch, dtype),
+            key_mapping=_TEXT_NAMES,
+        )
+        with device_memory(self.device, self.dtype):
+            self._model = model.to(self.device)
         self.name = f"transformers {transformers.__version__}, {dtype} on {self.device}"
 
     def __enter__(self) -> Reference:
@@ -120,17 +107,6 @@ class Reference:
         if self.device == "cuda":
             self._torch.cuda.empty_cache()
 
-    @contextmanager
-    def _device_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except self._torch.cuda.OutOfMemoryError as error:
-            raise UsageError(
-                f"the reference in {self.dtype} does not fit into the memory of {self.device}",
-                found=str(error).partition("\n")[0],
-                fix="--dtype bfloat16, a smaller --ctx, or --device cpu",
-            ) from error
-
     @property
     def model(self) -> Any:
         """The torch module: transformers' Gemma3nForCausalLM, `model.model` its text model, for hooks on its parts."""
@@ -145,7 +121,7 @@ class Reference:
 
         Shapes: a torch tensor `[n_tokens, hidden_size]` of `dtype`, on `device`.
         """
-        with self._torch.no_grad(), self._device_memory():
+        with self._torch.no_grad(), device_memory(self.device, self.dtype):
             ids = self._torch.tensor([list(token_ids)], device=self.device)
             return self._model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
@@ -208,6 +184,46 @@ class Reference:
         return text
 
 
+@contextmanager
+def device_memory(device: str, dtype: str) -> Iterator[None]:
+    """Raises: UsageError where the device has too little memory for what is done in here."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UsageError(
+            f"the reference in {dtype} does not fit into the memory of {device}",
+            found=str(error).partition("\n")[0],
+            fix="--dtype bfloat16, a smaller --ctx, or --device cpu",
+        ) from error
+
+
+def load_model(kind: Any, directory: Path, **options: Any) -> Any:
+    """A model of a class of transformers, complete, to compute with; nothing is printed meanwhile.
+
+    Raises: CheckpointError: tensors are missing.
+    """
+    import transformers
+
+    shown = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(
+            directory, attn_implementation="eager", local_files_only=True, output_loading_info=True, **options
+        )
+    finally:
+        transformers.logging.set_verbosity(shown)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
+    return model.eval()
+
+
 def check_device(device: str, dtype: str) -> str:
     """The device that is meant.
 
@@ -220,6 +236,7 @@ def check_device(device: str, dtype: str) -> str:
         raise UsageError(
             f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
         ) from error
+    declare_operators()
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
     if device not in DEVICES:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from gguf.constants import Keys, TokenType
 
+from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.engines.vocabulary_model import VocabularyModel
 from gguf3n.errors import GGUFError, TokenizerError, UsageError
 from gguf3n.gemma3n.sentencepieces import SentencePieces
@@ -266,4 +267,5 @@ def _transformers() -> Any:
         raise UsageError(
             "the reference tokenizer cannot be run: no module transformers", fix="pip install 'gguf3n[validate]'"
         ) from error
+    declare_operators()
     return transformers

@@ -4,6 +4,7 @@
     Zeros      rows that no file has
     View       some rows and columns of other rows: a slice of a larger model
     Padded     other rows with zeros to their right: a narrow matrix where a wide one is demanded
+    Repeated   one row of other rows, again and again
     LowRank    other rows with a low-rank product added: a model with an adapter
 
 A form is a value: it can be compared, is a key of a dictionary, and holds no data. A tensor of a source is a sequence
@@ -136,11 +137,6 @@ class Stored:
         """The same values in rows of another length, which must be whole blocks and divide them all."""
         return replace(self, shape=(math.prod(self.shape) // n_per_row, n_per_row))
 
-    def some_rows(self, wanted: range) -> Stored:
-        """Consecutive ones, as a matrix of their own."""
-        offset = self.offset + wanted.start * self.row_bytes
-        return replace(self, shape=(len(wanted), self.n_per_row), offset=offset)
-
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         return reader.widen(self.dtype, reader.read_stored(self, first, len(out)), out.reshape(-1))
 
@@ -238,6 +234,43 @@ class Padded:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """One row of other rows, again and again."""
+
+    base: Rows
+    row: int
+    n_rows: int
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes // max(self.base.n_rows, 1)
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        largest = reader.fill(self.base, self.row, out[:1])
+        out[1:] = out[:1]
+        return largest
+
+
+def cut(rows: Rows, first: int, n_rows: int) -> Rows:
+    """Consecutive rows of these."""
+    if isinstance(rows, Stored):
+        return replace(rows, shape=(n_rows, rows.n_per_row), offset=rows.offset + first * rows.row_bytes)
+    return View(rows, range(first, first + n_rows), (range(rows.n_per_row),))
+
+
+@dataclass(frozen=True)
 class LowRank:
     """base + scale * (b @ a): what a LoRA adapter makes of a matrix.
 
@@ -310,12 +343,10 @@ def some_rows(forms: Iterable[Rows], wanted: range) -> tuple[Rows, ...]:
         start += form.n_rows
         if len(part) == form.n_rows:
             found.append(form)
-        elif part and isinstance(form, Stored):
-            found.append(form.some_rows(part))
         elif part and isinstance(form, Zeros):
             found.append(Zeros(len(part), form.n_per_row))
         elif part:
-            found.append(View(form, part, (range(form.n_per_row),)))
+            found.append(cut(form, part.start, len(part)))
     return tuple(found)
 
 

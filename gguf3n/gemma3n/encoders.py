@@ -164,6 +164,9 @@ def _vision(section: Mapping[str, Any], directory: Path, files: tuple[str, ...])
             expected=f"a size that is a multiple of {IMAGE_UNIT}, up to {MAX_IMAGE_SIZE}, for {N_IMAGE_TOKENS} tokens",
             found=f"size {image_size}, image_seq_length {n_tokens}",
         )
+    if values["intermediate_size"] > MAX_INT // 4:
+        found = str(values["intermediate_size"])
+        raise ConfigError(f"{config}: intermediate_size is impossible", expected="a quarter of a uint32", found=found)
     return Vision(
         hidden_size=int(values["hidden_size"]),
         vocab_size=int(values["vocab_size"]),

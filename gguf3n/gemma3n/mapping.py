@@ -140,6 +140,8 @@ class MappedTensor:
     rows: tuple[Rows, ...]
     evaluated: bool = True
     """False for keys and values of KV-shared layers: loaded by llama.cpp, used by nobody."""
+    plain_rows: tuple[Rows, ...] = ()
+    """What llama.cpp's converter writes instead, where we mend some rows; see end_of_image.py."""
 
     @property
     def missing(self) -> bool:

@@ -20,7 +20,7 @@ from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Value
 from gguf3n.formats.rows import SourceTensor
 from gguf3n.gemma3n import text
 from gguf3n.gemma3n.encoders import Audio, Encoders, Vision
-from gguf3n.gemma3n.mapping import Rule, Storage, Table
+from gguf3n.gemma3n.mapping import TOGETHER, Rule, Storage, Table
 from gguf3n.gemma3n.names import bare_name
 from gguf3n.gemma3n.tower import Shape, Tower, read_tower
 
@@ -29,15 +29,13 @@ FILE_KIND = "mmproj"
 """general.type."""
 VISION_PROJECTOR, AUDIO_PROJECTOR = "gemma3nv", "gemma3na"
 
+IMAGE_SIZE = "clip.vision.image_size"
+
 TOWER = "vision_tower.timm_model."
 """What stands before a name of the vision tower."""
 VISION_NAMES, AUDIO_NAMES = ("vision_tower.", "embed_vision."), ("audio_tower.", "embed_audio.")
 
 INPUT_PROJECTION = "mm.input_projection.weight"
-SOFT_NORM = "mm.soft_emb_norm.weight"
-REQUIRED_TENSORS = (INPUT_PROJECTION, SOFT_NORM)
-"""What llama.cpp does not load the file without. Source: clip.cpp, load_tensors; all others are optional there, and the
-image is nonsense without them."""
 
 Q, N, A = Storage.QUANTIZABLE, Storage.NORM, Storage.AUDIO_CONVOLUTION
 C, D = Storage.CONVOLUTION, Storage.DEPTHWISE
@@ -80,12 +78,7 @@ AUDIO_RULES: tuple[Rule, ...] = (
         Rule(f"audio_tower.subsample_conv_projection.conv_{i}.{source}.weight", f"a.conv1d.{i}.{target}", shape, kind)
         for i in (0, 1)
         for source, target, shape, kind in (
-            (
-                "conv",
-                "weight",
-                (f"channels_{i}", f"inputs_{i}", f"rows_{i}", f"columns_{i}"),
-                A,
-            ),
+            ("conv", "weight", (f"channels_{i}", f"inputs_{i}", f"rows_{i}", f"columns_{i}"), A),
             ("norm", "norm.weight", (f"channels_{i}",), N),
         )
     ),
@@ -189,7 +182,7 @@ def written_order(tower: Tower | None, n_audio_layers: int | None) -> tuple[tupl
 
 
 def encoder_of(name: str) -> str:
-    """ "vision" or "audio": which encoder a tensor of a GGUF file belongs to."""
+    """Which encoder a tensor of a GGUF file belongs to: "vision" or "audio"."""
     return "audio" if name.startswith(("a.", "mm.a.")) else "vision"
 
 
@@ -262,6 +255,13 @@ def table(encoders: Encoders, source: Mapping[str, SourceTensor], origin: str) -
     if encoders.vision is not None:
         _check_there(found, VISION_NAMES, "vision", origin)
         tower = read_tower(_tower_shapes(found, origin), origin)
+        if tower.n_out != encoders.vision.hidden_size:
+            raise MappingError(
+                f"{origin}: the vision tower is of another width",
+                expected=f"{encoders.vision.hidden_size}, as config.json says",
+                found=str(tower.n_out),
+                fix=TOGETHER,
+            )
     if encoders.audio is not None:
         _check_there(found, AUDIO_NAMES, "audio", origin)
     return table_of(encoders, tower)

@@ -18,6 +18,8 @@ OTHER_PREFIXES = ("language_model.",)
 
 TEXT_PREFIX = re.compile(f"^{PEFT}(?:{'|'.join(map(re.escape, TEXT_PREFIXES))})")
 """What stands before a text tensor's own name."""
+ENCODER_PREFIX = re.compile(rf"^{PEFT}(?:model\.)?(?=(?:vision|audio)_tower\.|embed_(?:vision|audio)\.)")
+"""What stands before the name of a tensor of the vision and audio encoders."""
 _PREFIX = re.compile(f"^{PEFT}(?:{'|'.join(map(re.escape, (*TEXT_PREFIXES, *OTHER_PREFIXES)))})?")
 
 

@@ -20,6 +20,7 @@ from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile
 from gguf3n.formats.rows import SourceTensor
 from gguf3n.gemma3n import mmproj, text
 from gguf3n.gemma3n.encoders import read_encoders
+from gguf3n.gemma3n.end_of_image import with_end_of_image
 from gguf3n.gemma3n.mapping import MappedTensor, Rule, in_channels, map_tensors
 from gguf3n.gemma3n.metadata import REPLACED_KEYS, general_keys, tokenizer_keys
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
@@ -72,6 +73,7 @@ def text_part(source: Source) -> Part:
 def _of_checkpoint(source: Checkpoint) -> Part:
     config = source.config
     mapping = map_tensors(text.table(config), source.tensors, source.origin)
+    tensors = with_end_of_image(mapping.tensors, source)
     vocabulary = source.vocabulary
     notices = [*source.notices, *config.concerns()]
     notices += [f"left out {count} source tensors: {reason}" for reason, count in mapping.dropped]
@@ -87,7 +89,7 @@ def _of_checkpoint(source: Checkpoint) -> Part:
         *text.model_keys(config),
         *tokenizer_keys(vocabulary),
     )
-    return Part(PartKind.TEXT, source, keys, mapping.tensors, tuple(notices))
+    return Part(PartKind.TEXT, source, keys, tensors, tuple(notices))
 
 
 def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> Part:
@@ -119,11 +121,6 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
     return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))
 
 
-def gguf_part(source: GGUFSource) -> Part:
-    """What a GGUF file holds, of whichever kind it is. Raises: as `text_part`."""
-    return mmproj_part(source) if _architecture(source) == mmproj.ARCH else text_part(source)
-
-
 def _architecture(source: GGUFSource) -> str:
     key = source.gguf.keys.get(Keys.General.ARCHITECTURE)
     return "none" if key is None else str(key.value)
@@ -148,10 +145,17 @@ def _check_architecture(source: GGUFSource, wanted: str) -> None:
 def _mmproj_of_gguf(source: GGUFSource, *, vision: bool, audio: bool) -> Part:
     """Keys and values are taken over as they are, of the encoders that are there and wanted."""
     _check_architecture(source, mmproj.ARCH)
+    projectors = [str(key.value) for name, key in source.gguf.keys.items() if name.endswith("projector_type")]
+    if not {mmproj.VISION_PROJECTOR, mmproj.AUDIO_PROJECTOR}.intersection(projectors):
+        raise SourceError(
+            f"{source.origin}: the encoders of another model",
+            expected=f"a projector {mmproj.VISION_PROJECTOR} or {mmproj.AUDIO_PROJECTOR}",
+            found=", ".join(projectors) or "none",
+        )
     dropped = [what for what, is_wanted in (("vision", vision), ("audio", audio)) if not is_wanted]
     tensors = {name: tensor for name, tensor in source.tensors.items() if mmproj.encoder_of(name) not in dropped}
     if not tensors:
-        raise SourceError(f"{source.origin}: no {'audio' if vision is False else 'vision'} encoder")
+        raise SourceError(f"{source.origin}: no {'vision' if vision else 'audio'} encoder")
     order = mmproj.order_of_names({name: tensor.shape for name, tensor in tensors.items()}, source.origin)
     mapped = [
         MappedTensor(rule.name(bid), mmproj.shape_from_gguf(rule, tensor), rule.storage, bid, in_channels(tensor))

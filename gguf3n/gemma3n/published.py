@@ -50,8 +50,8 @@ HEADER_BYTES = 6_565_408
 PUBLISHED: Mapping[str, Config] = {"E2B": _published(30, 10, 8192), "E4B": _published(35, 15, 16_384)}
 
 
-ENCODER_HEADER_BYTES = 65_536
-"""About that of an mmproj file, nearly all of it names of tensors."""
+ENCODER_HEADER_BYTES = 60_768
+"""Of an mmproj file with vision and audio, nearly all of it names of tensors."""
 
 
 def outline(config: Config) -> tuple[MappedTensor, ...]:

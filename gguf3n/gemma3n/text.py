@@ -41,10 +41,11 @@ EMBED_TOKENS = "embed_tokens.weight"
 EMBED_TOKENS_PER_LAYER = "embed_tokens_per_layer.weight"
 PER_LAYER_MODEL_PROJECTION = "per_layer_model_projection.weight"
 """Names in a checkpoint: the two tables, of which the second has something for each layer, as the matrix has."""
+TOKEN_EMBD, PER_LAYER_TOKEN_EMBD = _name(T.TOKEN_EMBD), _name(T.PER_LAYER_TOKEN_EMBD)
 
 RULES: tuple[Rule, ...] = (
-    Rule(EMBED_TOKENS, _name(T.TOKEN_EMBD), ("vocab", "embd"), Q, pad_rows=True),
-    Rule(EMBED_TOKENS_PER_LAYER, _name(T.PER_LAYER_TOKEN_EMBD), ("vocab", "ple_all"), Q, pad_rows=True),
+    Rule(EMBED_TOKENS, TOKEN_EMBD, ("vocab", "embd"), Q, pad_rows=True),
+    Rule(EMBED_TOKENS_PER_LAYER, PER_LAYER_TOKEN_EMBD, ("vocab", "ple_all"), Q, pad_rows=True),
     Rule(PER_LAYER_MODEL_PROJECTION, _name(T.PER_LAYER_MODEL_PROJ), ("ple_all", "embd"), H),
     Rule("per_layer_projection_norm.weight", _name(T.PER_LAYER_PROJ_NORM), ("ple",), F),
     Rule("altup_projections.{k}.weight", _name(T.ALTUP_PROJ), ("altup_extra", "embd", "embd"), H),
@@ -79,10 +80,10 @@ RULES: tuple[Rule, ...] = (
 PER_LAYER_INP_GATE = _name(T.PER_LAYER_INP_GATE)
 
 DROPPED: tuple[tuple[str, str], ...] = (
-    (r"vision_tower\..+", "vision: belongs in a separate mmproj file"),
-    (r"audio_tower\..+", "audio: belongs in a separate mmproj file"),
-    (r"embed_vision\..+", "vision embedder: belongs in a separate mmproj file"),
-    (r"embed_audio\..+", "audio embedder: belongs in a separate mmproj file"),
+    (r"vision_tower\..+", "vision: belongs in the mmproj file (--mmproj)"),
+    (r"audio_tower\..+", "audio: belongs in the mmproj file (--mmproj)"),
+    (r"embed_vision\..+", "vision embedder: belongs in the mmproj file (--mmproj)"),
+    (r"embed_audio\..+", "audio embedder: belongs in the mmproj file (--mmproj)"),
     (r"lm_head\.weight", "the output matrix is the embedding table"),
     (r"(layers\.\d+\.self_attn\.)?rotary_emb\.(\w+_)?inv_freq", "computed from the rope base"),
 )

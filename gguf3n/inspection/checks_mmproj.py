@@ -13,8 +13,9 @@ from gguf.constants import Keys
 
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFArray
+from gguf3n.formats.rows import FLOAT_DTYPES
 from gguf3n.gemma3n.encoders import IMAGE_UNIT, MAX_IMAGE_SIZE, N_IMAGE_TOKENS
-from gguf3n.gemma3n.mmproj import FILE_KIND, INPUT_PROJECTION, KEYS, RUNS, VisionKey, known_shapes
+from gguf3n.gemma3n.mmproj import FILE_KIND, INPUT_PROJECTION, KEYS, RUNS, VisionKey, known_shapes, target_name
 from gguf3n.inspection.f16_inputs import CONVOLUTION_INPUTS, input_bounds
 from gguf3n.inspection.found import FILE, Found, absent, named, said
 from gguf3n.inspection.subject import Subject
@@ -40,10 +41,8 @@ def key_types(subject: Subject) -> Iterator[Found]:
             continue
         kind = key.type.name.lower()
         if isinstance(key, VisionKey) and key.is_array:
-            sound = (
-                isinstance(found.value, GGUFArray) and found.value.element_type is key.type and len(found.value) >= 3
-            )
-            if not sound:
+            value = found.value
+            if not isinstance(value, GGUFArray) or value.element_type is not key.type or len(value) < 3:
                 yield Found(key.name, f"is {found.type_name}, not an array of three {kind} or more")
         elif isinstance(found.value, GGUFArray) or found.type is not key.type:
             yield Found(key.name, f"is {found.type_name}, not {kind}")
@@ -137,10 +136,10 @@ def idle_audio(subject: Subject) -> Iterator[Found]:
 
 def f16_inputs(subject: Subject) -> Iterator[Found]:
     """Convolutions with F16 kernels whose inputs may not fit F16: see f16_inputs.py."""
-    if subject.encoders.tower is None:
+    tower, tensors = subject.encoders.tower, subject.gguf.tensors
+    if tower is None or any(tensors[target_name(name)].qtype.name not in FLOAT_DTYPES for name in tower.tensors):
         return
-    bounds = input_bounds(subject.gguf, subject.encoders.tower)
-    for name, bound in bounds.items():
+    for name, bound in input_bounds(subject.gguf, tower).items():
         if bound > CONVOLUTION_INPUTS and subject.gguf.tensors[name].qtype is QType.F16:
             yield Found(name, f"may be given {bound:,.0f}", f"{name}: what goes in may be as large as {bound:,.0f}")
 

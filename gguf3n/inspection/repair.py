@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from gguf3n.formats.gguf_draft import Draft, DraftTensor, grown
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, open_part
 from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.mmproj import known_shapes
 from gguf3n.gemma3n.text import ARCH
 from gguf3n.gemma3n.tokenizer import BYTE_PIECE, UNUSED_SCORE
 from gguf3n.inspection import checks_model as model
@@ -376,6 +377,23 @@ def _quantization_version(subject: Subject, draft: Draft, findings: Findings) ->
         yield _set(draft, key, "ggml's, unchanged since 2023")
 
 
+def _maps(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
+    """Write vectors as the maps that they are the channels of; no value changes."""
+    names = {finding.where for finding in findings}
+    for i, tensor in enumerate(draft.tensors):
+        if tensor.name in names:
+            draft.tensors[i] = replace(tensor, shape=known_shapes(subject.encoders.rules[tensor.name])[0])
+            yield f"shape {tensor.name} {list(draft.tensors[i].shape)}"
+
+
+def _own_projectors(subject: Subject, draft: Draft, findings: Findings) -> Iterator[str]:
+    """Drop the common key where each encoder says its own projector."""
+    own = [f"clip.{kind}.projector_type" for kind in subject.encoders.kinds]
+    if all(name in subject.gguf.keys for name in own):
+        draft.unset(Keys.Clip.PROJECTOR_TYPE)
+        yield f"drop {Keys.Clip.PROJECTOR_TYPE}, as there is {' and '.join(own)}"
+
+
 FIXES: Mapping[str, Fixer] = {
     "duplicate-key": _drop_duplicate_keys,
     "empty-key": _drop_empty_key,
@@ -405,6 +423,8 @@ FIXES: Mapping[str, Fixer] = {
     "space-prefix": _flag(Keys.Tokenizer.ADD_PREFIX, False),
     "end-of-turn": _end_of_turn,
     "sampling": _sampling,
+    "layer-scale": _maps,
+    "mmproj-projector": _own_projectors,
 }
 """By check. Checks without a row can't be mended from the file alone."""
 

@@ -15,7 +15,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from gguf3n.errors import UsageError
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.small_file import MAX_RECIPE_BYTES, read_text
-from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, For, Keep, Recipe, Rule
+from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, For, ImageRows, Keep, Recipe, Rule
 from gguf3n.recipes.regexes import check_regex
 from gguf3n.recipes.toml import A_TYPE, RecipeFile, parse, parse_type
 
@@ -28,7 +28,7 @@ MAX_DEPTH = 8
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """As llama-quantize has them."""
 
-TEXT_ONLY = ("token_embd", "ple", "unevaluated", "keep", "n_layers")
+TEXT_ONLY = ("token_embd", "ple", "unevaluated", "keep", "image_rows", "n_layers")
 """Settings that mean nothing for the encoders."""
 
 Settings = Mapping[str, Any]
@@ -211,6 +211,7 @@ def _build(chain: _Chain, name: str, part: For) -> Recipe:
         ple=setting("ple"),
         unevaluated=setting("unevaluated"),
         keep=setting("keep", Keep.F16),
+        image_rows=setting("image_rows", ImageRows.MODEL),
         n_layers=setting("n_layers"),
         summary=setting("summary", ""),
         note=setting("note", ""),

@@ -60,6 +60,15 @@ class Keep(enum.Enum):
     F32 = "f32"
 
 
+class ImageRows(enum.Enum):
+    """What the embedding tables have for <end_of_image>, where the checkpoint has a vision encoder."""
+
+    MODEL = "model"
+    """What the model embeds it as."""
+    LLAMA_CPP = "llama.cpp"
+    """Padding, as llama.cpp's converter writes it."""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """What a rule may ask of a tensor.
@@ -149,6 +158,7 @@ class Recipe:
         token_embd, ple: of the two embedding tables, where no rule matches; else the base type.
         unevaluated: of weights that are never used; None treats them like all others.
         keep: of the matrices that are never quantized.
+        image_rows: of the embedding tables.
         n_layers: of the model that it is for, if it is for one only.
         summary: one line of advice.
         note: what else a user should know, such as that it is a reconstruction.
@@ -164,6 +174,7 @@ class Recipe:
     ple: QType | None = None
     unevaluated: QType | None = None
     keep: Keep = Keep.F16
+    image_rows: ImageRows = ImageRows.MODEL
     n_layers: int | None = None
     summary: str = ""
     note: str = ""

@@ -28,6 +28,7 @@ def format_recipe(recipe: Recipe, comments: Sequence[str] = ()) -> str:
         ("ple", BASE if recipe.ple is None else recipe.ple.name),
         ("unevaluated", RULES if recipe.unevaluated is None else recipe.unevaluated.name),
         ("keep", recipe.keep.value),
+        ("image_rows", recipe.image_rows.value),
     ]
     if recipe.n_layers is not None:
         text_settings.append(("n_layers", recipe.n_layers))

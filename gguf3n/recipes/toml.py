@@ -11,6 +11,7 @@ token_embd = "Q6_K"           # of the token embeddings, where no rule decides
 ple = "Q5_1"                  # of the per-layer embeddings, likewise; "base": the base type
 unevaluated = "Q2_K"          # of weights that are never used; "rules": as all others
 keep = "f16"                  # of matrices that are never quantized: f16, bf16, source, f32
+image_rows = "model"          # of <end_of_image> in the embedding tables: the model's, or padding as "llama.cpp" has it
 
 [[rule]]                      # the first that matches decides
 tensor = "blk.*.attn_v.weight"    # a pattern of the whole name, or a list; or regex = '...'
@@ -38,7 +39,7 @@ from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.toml_text import QUOTED, logical_lines, parse_toml
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
-from gguf3n.recipes.model import For, Keep, Rule
+from gguf3n.recipes.model import For, ImageRows, Keep, Rule
 from gguf3n.recipes.regexes import check_regex
 
 RULES = "rules"
@@ -142,6 +143,7 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "ple": (_table_type, f'"{BASE}", or {A_TYPE}'),
     "unevaluated": (_unevaluated, f'"{RULES}", or {A_TYPE}'),
     "keep": (Keep, ", ".join(keep.value for keep in Keep)),
+    "image_rows": (ImageRows, " or ".join(f'"{rows.value}"' for rows in ImageRows)),
     "n_layers": (_positive, "a number of layers"),
     "for": (For, " or ".join(f'"{part.value}"' for part in For)),
 }

@@ -189,12 +189,15 @@ def prepare_logits(
     reference: Source,
     options: ValidationOptions,
     notice: Callable[[str], None] | None = None,
+    *,
+    n_compared: int | None = None,
 ) -> LogitsRun:
     """See that both models can be run over a text, before any work is done.
 
     Args:
         reference: a checkpoint, or an unquantized GGUF file.
         notice: called with a line that says what memory it takes.
+        n_compared: tokens that are compared, where the text has no others; by default all that both have.
 
     Raises: UsageError: options that cannot be used, too little memory, packages that are not installed. GGUFError: a
         file that cannot be read, or lacks tokens of the text. SourceError or a class below it. OutputError.
@@ -234,9 +237,11 @@ def prepare_logits(
             expected=f"more than {chunks.max():,} tokens",
             found=f"{n_common:,}",
         )
+    if n_compared is not None and chunks.max() < n_compared:
+        n_common = min(n_common, n_compared)
     needs = models_needs(None if saved else reference, subject, chunks.shape[1], options.dtype, options.server)
     check_memory(needs, disk=disk, notice=notice)
-    return LogitsRun(candidate.gguf.path, reference, chunks, qtype, n_vocab, running, saved, options)
+    return LogitsRun(candidate.gguf.path, reference, chunks, qtype, n_vocab, n_common, running, saved, options)
 
 
 def check_fits(reference: Source) -> None:
@@ -261,6 +266,8 @@ class LogitsRun:
     qtype: QType
     n_vocab: int
     """Tokens of the file."""
+    n_common: int
+    """Those that are compared."""
     server: LlamaServer | None
     saved: SavedLogprobs | None
     """The reference's log-probabilities, where they are there already."""
@@ -287,7 +294,7 @@ class LogitsRun:
                 options,
                 tick,
             )
-            n_common = min(saved.n_vocab, self.n_vocab)
+            n_common = self.n_common
             with closing(self.server or LlamaProcess(self.path, n_ctx=n_ctx, n_threads=options.threads)) as engine:
                 divergence = measure(
                     (row[:n_common] for row in saved.rows()),

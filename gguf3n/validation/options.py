@@ -24,6 +24,7 @@ class ValidationOptions:
     n_tokens: int = N_TOKENS
     n_ctx: int = N_CTX
     server: str | None = None
+    text_model: Path | None = None
     device: str = "auto"
     dtype: str = "float32"
     save_reference: Path | None = None
@@ -40,6 +41,7 @@ def parse_validation(
     n_tokens: int = N_TOKENS,
     n_ctx: int = N_CTX,
     server: str | None = None,
+    text_model: str | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
     save_reference: str | Path | None = None,
@@ -56,6 +58,7 @@ def parse_validation(
         n_tokens: how much of it; `n_ctx` at a time.
         server: address of a running llama-server to ask instead of llama.cpp on this machine, as in
             "http://127.0.0.1:8080"; it must have loaded the file.
+        text_model: the text model's file, through which an mmproj file is shown pictures; a small one is made.
         device, dtype: of the reference model: "auto", "cpu" or "cuda"; "float32" or "bfloat16".
         save_reference: where to keep the reference's log-probabilities; ending in .kld for llama-perplexity.
         use_reference: such a file; the reference model is not run.
@@ -74,6 +77,7 @@ def parse_validation(
         n_tokens,
         n_ctx,
         server,
+        None if text_model is None else Path(text_model),
         device,
         dtype,
         None if save_reference is None else Path(save_reference),

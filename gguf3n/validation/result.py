@@ -5,6 +5,7 @@ structure   keys, tensor table, layout                                        li
 tensors     every weight, dequantized                                         the source's weights
 tokens      llama.cpp's token ids for texts in many scripts and for a chat    the reference tokenizer's
 logits      llama.cpp's next-token distributions                              the reference model's
+vision      the same after pictures, with an mmproj file                      the reference model's
 
 stages.py has a row for each of them.
 """
@@ -27,6 +28,7 @@ class Stage(enum.Enum):
     TENSORS = "tensors"
     TOKENS = "tokens"
     LOGITS = "logits"
+    VISION = "vision"
 
 
 class Verdict(enum.Enum):

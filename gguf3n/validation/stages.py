@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from gguf3n.errors import UsageError
 from gguf3n.gemma3n.importance import match_importance
-from gguf3n.gemma3n.part import Part
+from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
@@ -23,6 +23,7 @@ from gguf3n.validation.result import Stage, StageResult
 from gguf3n.validation.structure import check_structure
 from gguf3n.validation.tensors import check_tensors
 from gguf3n.validation.tokens import check_tokens
+from gguf3n.validation.vision import prepare_vision
 
 Run: TypeAlias = Callable[[OnProgress | None], StageResult]
 """A stage that is ready to be run."""
@@ -34,6 +35,7 @@ class StageRow:
     """One row of the table.
 
     Args:
+        kinds: the files that it is for.
         compares, against: what with what, for a report.
         packages: what must be installed to run it.
         options: names of the ValidationOptions that only this stage uses.
@@ -41,6 +43,7 @@ class StageRow:
     """
 
     stage: Stage
+    kinds: tuple[PartKind, ...]
     compares: str
     against: str
     packages: Callable[[Source, ValidationOptions], tuple[str, ...]]
@@ -67,12 +70,18 @@ def _for_logits(source: Source, options: ValidationOptions) -> tuple[str, ...]:
     return tuple(packages)
 
 
+def _for_vision(_: Source, options: ValidationOptions) -> tuple[str, ...]:
+    return ("psutil",) if options.server is not None else ("psutil", "xllamacpp")
+
+
 def _structure(candidate: Candidate, part: Part, _: ValidationOptions, __: Notice | None) -> Run:
     return lambda progress: check_structure(candidate, part)
 
 
 def _tensors(candidate: Candidate, part: Part, options: ValidationOptions, _: Notice | None) -> Run:
-    weights = None if options.imatrix is None else match_importance(options.imatrix, part).quant_weights
+    weights = None
+    if options.imatrix is not None and part.kind is PartKind.TEXT:
+        weights = match_importance(options.imatrix, part).quant_weights
     return lambda progress: check_tensors(
         candidate.gguf, part, threads=options.threads, quant_weights=weights, progress=progress
     )
@@ -83,27 +92,50 @@ def _tokens(candidate: Candidate, part: Part, _: ValidationOptions, __: Notice |
 
 
 def _logits(candidate: Candidate, part: Part, options: ValidationOptions, notice: Notice | None) -> Run:
-    return prepare_logits(candidate, part.source, options, notice).run
+    # the output row of the mark that ends a picture is not the model's, so the text's own tokens are compared
+    n_compared = None
+    if isinstance(part.source, Checkpoint) and any(tensor.plain_rows for tensor in part.tensors):
+        n_compared = part.source.config.vocab_size_per_layer_input
+    return prepare_logits(candidate, part.source, options, notice, n_compared=n_compared).run
 
+
+def _vision(candidate: Candidate, part: Part, options: ValidationOptions, notice: Notice | None) -> Run:
+    return prepare_vision(candidate, part, options, notice).run
+
+
+TEXT, BOTH = (PartKind.TEXT,), (PartKind.TEXT, PartKind.MMPROJ)
 
 STAGES: tuple[StageRow, ...] = (
     StageRow(
         Stage.STRUCTURE,
+        BOTH,
         "keys, tensor table and layout",
         "what the source and llama.cpp ask for",
         _nothing,
         (),
         _structure,
     ),
-    StageRow(Stage.TENSORS, "every weight, dequantized,", "the source's weights", _nothing, ("imatrix",), _tensors),
-    StageRow(Stage.TOKENS, "llama.cpp's token ids", "the reference tokenizer's", _for_tokens, (), _tokens),
+    StageRow(
+        Stage.TENSORS, BOTH, "every weight, dequantized,", "the source's weights", _nothing, ("imatrix",), _tensors
+    ),
+    StageRow(Stage.TOKENS, TEXT, "llama.cpp's token ids", "the reference tokenizer's", _for_tokens, (), _tokens),
     StageRow(
         Stage.LOGITS,
+        TEXT,
         "llama.cpp's next-token distributions",
         "the reference model's",
         _for_logits,
         ("text", "server", "save_reference", "use_reference"),
         _logits,
+    ),
+    StageRow(
+        Stage.VISION,
+        (PartKind.MMPROJ,),
+        "llama.cpp's next-token distributions after pictures",
+        "the reference model's",
+        _for_vision,
+        ("server", "text_model"),
+        _vision,
     ),
 )
 """In the order in which they run."""

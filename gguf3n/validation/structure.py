@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 from gguf3n.engines.reference_tokenizers import ADDS
 from gguf3n.errors import GGUFError
 from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.gemma3n import mmproj
 from gguf3n.gemma3n.config import MAX_LAYERS
-from gguf3n.gemma3n.part import Part
+from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.text import ARCH
 from gguf3n.inspection import lint
 from gguf3n.inspection.checks_model import REQUIRED
@@ -165,12 +166,16 @@ def _linted(report: lint.Report) -> Iterator[Problem]:
 def _compare(subject: Subject, source: Part) -> Iterator[Problem]:
     """The file's keys against the source's."""
     gguf = subject.gguf
-    architecture = gguf.keys.get(Keys.General.ARCHITECTURE)
-    if architecture is None or architecture.value != ARCH:
-        found = "none" if architecture is None else architecture.value
-        yield _fail(Keys.General.ARCHITECTURE, ARCH, found)
-        return
     expected = {key.name: key.value for key in source.keys}
+    wanted = expected.get(Keys.General.ARCHITECTURE, ARCH)
+    architecture = gguf.keys.get(Keys.General.ARCHITECTURE)
+    if architecture is None or architecture.value != wanted:
+        found = "none" if architecture is None else architecture.value
+        yield _fail(Keys.General.ARCHITECTURE, wanted, found)
+        return
+    if source.kind is PartKind.MMPROJ:
+        yield from _encoder_keys(gguf, expected)
+        return
     if all(_key(name) in gguf.keys for name in REQUIRED):
         yield from _model_keys(gguf, expected)
     yield from _vocabulary(subject, expected)
@@ -230,6 +235,22 @@ def _same(expected: Any, found: Any) -> bool:
     if isinstance(expected, str) or isinstance(found, str):
         return bool(expected == found)
     return bool(np.isclose(float(expected), float(found), rtol=TOLERANCE, atol=0.0, equal_nan=True))
+
+
+# clip.*
+
+
+def _encoder_keys(gguf: GGUFFile, expected: Values) -> Iterator[Problem]:
+    """llama.cpp has no value of its own for most of these keys, and the converter writes them all."""
+    for name, value in expected.items():
+        if name.startswith(f"{mmproj.ARCH}."):
+            if name not in gguf.keys:
+                yield _fail(name, value, "no such key")
+            elif difference := _difference(value, gguf.value(name)):
+                yield Problem(Verdict.FAIL, name, difference)
+    for name in gguf.keys:
+        if name.startswith(f"{mmproj.ARCH}.") and name not in expected:
+            yield _fail(name, "no such key", gguf.value(name))
 
 
 # vocabulary

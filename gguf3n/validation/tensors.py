@@ -29,6 +29,7 @@ from gguf3n.formats.ggml_types import Rounding
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile
 from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, Values
+from gguf3n.gemma3n.end_of_image import MARK
 from gguf3n.gemma3n.mapping import MappedTensor
 from gguf3n.gemma3n.part import Part
 from gguf3n.progress import Meter, OnProgress
@@ -155,7 +156,10 @@ def _match(
         what = f"shape {_times(found.shape)}, the source's is {_times(tensor.shape)}"
         problems.append(Problem(Verdict.FAIL, tensor.name, what))
         return None
-    pair = Pair(tensor, found, gguf.stored(found), min(n_rows, tensor.n_rows))
+    stored = gguf.stored(found)
+    if not is_table:
+        stored, n_rows = stored.in_rows_of(tensor.n_per_row), tensor.n_rows
+    pair = Pair(tensor, found, stored, min(n_rows, tensor.n_rows))
     return _without_padding(pair, n_rows, reader, problems, notes) if is_table else pair
 
 
@@ -175,6 +179,10 @@ def _without_padding(
     pad = reader.source_rows(pair.source, zeroth), reader.values(reader.blocks(pair, zeroth), pair)
     n_source = _unpadded(pair.source.n_rows, pad[0], lambda rows: reader.source_rows(pair.source, rows))
     n_file = _unpadded(n_file_rows, pad[1], lambda rows: reader.values(reader.blocks(pair, rows), pair))
+    if n_file < n_source and pair.source.plain_rows:
+        notes.append(f"{pair.name}: padding in the row of {MARK}, as llama.cpp's converter writes it")
+        plain = replace(pair, source=replace(pair.source, rows=pair.source.plain_rows, plain_rows=()))
+        return _without_padding(plain, n_file_rows, reader, problems, notes)
     if max(n_source, n_file) > pair.n_rows:
         less, more = ("the file", "the source") if n_source > n_file else ("the source", "the file")
         what = f"{less} has {pair.n_rows:,} rows; the {max(n_source, n_file) - pair.n_rows:,} more of {more} are in use"

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gguf.constants import Keys
+
 from gguf3n.conversion import read_gguf, read_source
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC
+from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.imatrix import ImportanceMatrix
-from gguf3n.gemma3n.part import Part, text_part
-from gguf3n.gemma3n.source import Source
+from gguf3n.gemma3n import mmproj
+from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
+from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.options import N_CTX, N_TOKENS, ValidationOptions, parse_validation
@@ -82,6 +86,7 @@ def validate(
     n_tokens: int = N_TOKENS,
     n_ctx: int = N_CTX,
     server: str | None = None,
+    text_model: str | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
     save_reference: str | Path | None = None,
@@ -109,6 +114,7 @@ def validate(
         n_tokens=n_tokens,
         n_ctx=n_ctx,
         server=server,
+        text_model=text_model,
         device=device,
         dtype=dtype,
         save_reference=save_reference,
@@ -119,7 +125,27 @@ def validate(
     )
     check_file(Path(path))
     source = reference if isinstance(reference, Source) else read_reference(reference)
-    return run_stages(Path(path), text_part(source), options, progress=progress, notice=notice)
+    return run_stages(Path(path), part_for(Path(path), source), options, progress=progress, notice=notice)
+
+
+def part_for(path: Path, source: Source) -> Part:
+    """What a file should be: its source's text model, or those encoders that the file says it has.
+
+    Raises: SourceError or a class below it; GGUFError for a source.
+    """
+    try:
+        keys = open_gguf(path, strict=False).keys
+    except GGUFError:  # the stages say what is wrong with it
+        return text_part(source)
+
+    def says(name: str) -> bool:
+        return name in keys and keys[name].value is True
+
+    if Keys.General.ARCHITECTURE not in keys or keys[Keys.General.ARCHITECTURE].value != mmproj.ARCH:
+        return text_part(source)
+    vision, audio = (says(f"clip.has_{what}_encoder") for what in ("vision", "audio"))
+    neither = not vision and not audio  # a fault that the stages find
+    return mmproj_part(source, vision=vision or neither, audio=audio or neither)
 
 
 def run_stages(
@@ -132,18 +158,38 @@ def run_stages(
 ) -> Validation:
     """The same with parsed options and a source that is open; arguments and errors as for `validate`."""
     check_file(path)
-    check_extra(part.source, options, options.stages)
+    stages = stages_for(part, options.stages)
+    if notice is not None and part.kind is PartKind.MMPROJ and Stage.VISION in set(options.stages).difference(stages):
+        notice("vision is not compared: that takes a vision encoder, and a checkpoint as the reference")
+    check_extra(part.source, options, stages)
     candidate = Candidate(path)
     prepared = {
         row.stage: _attempt(path, lambda row=row: row.prepare(candidate, part, options, notice))  # type: ignore[misc]
         for row in STAGES
-        if row.stage in options.stages
+        if row.stage in stages
     }
     results = {
         stage: run if isinstance(run, StageResult) else _attempt(path, lambda run=run: run(progress))  # type: ignore[misc]
         for stage, run in prepared.items()
     }
     return Validation(candidate, part.source.origin, results)
+
+
+def stages_for(part: Part, wanted: Collection[Stage]) -> tuple[Stage, ...]:
+    """Of the stages that are wanted, those that are for such a file and reference. Raises: UsageError: none is."""
+    kind = part.kind
+    known = [row.stage for row in STAGES if kind in row.kinds and (row.stage is not Stage.VISION or _can_see(part))]
+    if not (found := tuple(stage for stage in known if stage in wanted)):
+        raise UsageError(
+            f"no stage to run for {'a text model' if kind is PartKind.TEXT else 'an mmproj file'}",
+            expected=", ".join(stage.value for stage in known),
+            found=", ".join(stage.value for stage in wanted),
+        )
+    return found
+
+
+def _can_see(part: Part) -> bool:
+    return isinstance(part.source, Checkpoint) and any(key.name == mmproj.IMAGE_SIZE for key in part.keys)
 
 
 def check_file(path: Path) -> None:

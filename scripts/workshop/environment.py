@@ -10,6 +10,10 @@ from pathlib import Path
 
 from workshop.places import ROOT
 
+ALONE = {"dev": ("timm", "torchvision")}
+"""What an extra takes besides, without what it depends on. Why: torchvision asks for a torch of its own build, with
+gigabytes of CUDA; the tests need none of its operators (engines/torchvision_operators.py)."""
+
 
 def make_environment(extra: str) -> Path:
     """Make .venv where it is missing and install the package with an extra; returns its Python."""
@@ -18,10 +22,11 @@ def make_environment(extra: str) -> Path:
     if not python.exists():
         print(f"making {directory}", flush=True)
         venv.create(directory, with_pip=True)
-    run(
-        *(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-        *("--constraint", ROOT / "constraints.txt", "--editable", f"{ROOT}[{extra}]"),
-    )
+    install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    pinned = ("--constraint", ROOT / "constraints.txt")
+    run(*install, *pinned, "--editable", f"{ROOT}[{extra}]")
+    if extra in ALONE:
+        run(*install, *pinned, "--no-deps", *ALONE[extra])
     return python
 
 

@@ -7,6 +7,7 @@ import sys
 from workshop.places import DOCS
 
 RECIPES = DOCS / "quantizations.md"
+MMPROJ = DOCS / "mmproj.md"
 QUALITY = DOCS / "quality.md"
 
 

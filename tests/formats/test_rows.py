@@ -25,6 +25,7 @@ from gguf3n.formats.rows import (
     Chunk,
     LowRank,
     Padded,
+    Repeated,
     RowReader,
     Rows,
     SourceTensor,
@@ -33,6 +34,7 @@ from gguf3n.formats.rows import (
     View,
     Zeros,
     chunks,
+    cut,
     largest_magnitude,
     some_columns,
     some_rows,
@@ -170,6 +172,24 @@ def a_view_of_a_quantized_tensor(directory: Path) -> Made:
 
 
 @form
+def one_row_repeated(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Repeated(stored, 3, 21), np.repeat(values[3:4], 21, axis=0)
+
+
+@form
+def stored_rows_cut_out(directory: Path) -> Made:
+    stored, values = store(directory, "Q8_0")
+    return cut(stored, 11, 5), values[11:16]
+
+
+@form
+def rows_of_a_view_cut_out(directory: Path) -> Made:
+    stored, values = store(directory, "F16")
+    return cut(View(stored, range(4, 30), (range(8),)), 6, 9), values[10:19, :8]
+
+
+@form
 def a_view_of_a_view(directory: Path) -> Made:
     stored, values = store(directory, "F32")
     inner = View(stored, range(10, 30), (range(32, 64), range(32)))
@@ -177,12 +197,6 @@ def a_view_of_a_view(directory: Path) -> Made:
     return View(inner, range(3, 20), (range(30, 40), range(4))), np.hstack([values[:, 32:], values[:, :32]])[
         10:30, columns
     ][3:20]
-
-
-@form
-def some_rows_of_a_stored_tensor(directory: Path) -> Made:
-    stored, values = store(directory, "BF16")
-    return stored.some_rows(range(7, 30)), values[7:30]
 
 
 @form
@@ -290,7 +304,7 @@ def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
         Padded(stored, 65),
         Padded(stored, 66),
         Padded(view, 65),
-        stored.some_rows(range(1, 5)),
+        cut(stored, 1, 4),
     ]
     assert len(set(forms)) == len(forms)
 

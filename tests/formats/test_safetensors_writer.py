@@ -12,7 +12,7 @@ from safetensors import safe_open
 from gguf3n.errors import CheckpointError, OutputError, UsageError
 from gguf3n.formats import safetensors_writer
 from gguf3n.formats.checkpoint import read_tensor_table
-from gguf3n.formats.rows import SourceTensor, Stored, View, Zeros, stored_tensors
+from gguf3n.formats.rows import SourceTensor, Stored, View, Zeros, cut, stored_tensors
 from gguf3n.formats.safetensors_writer import write_checkpoint
 from tests import micro
 
@@ -32,7 +32,7 @@ def tensors(tmp_path: Path) -> list[SourceTensor]:
     (stored,) = table["a"].rows
     assert isinstance(stored, Stored)
     view = View(stored, range(2, 8), (range(3, 5), range(14, 15)))
-    parts = (stored.some_rows(range(3)), stored.some_rows(range(7, 9)))
+    parts = (cut(stored, 0, 3), cut(stored, 7, 2))
     return [*table.values(), SourceTensor("view", (6, 3), (view,)), SourceTensor("parts", (5, 15), parts)]
 
 

@@ -237,7 +237,14 @@ def test_what_a_storage_says() -> None:
         Storage.FLOAT32: QType.F32,
         Storage.HALF: None,
         Storage.QUANTIZABLE: None,
+        Storage.NORM: QType.F32,
+        Storage.STEM: QType.F32,
+        Storage.AUDIO_CONVOLUTION: QType.F32,
+        Storage.CONVOLUTION: None,
+        Storage.DEPTHWISE: None,
     }
+    by_recipe = {storage for storage in Storage if storage.by_recipe}
+    assert by_recipe == {Storage.QUANTIZABLE, Storage.CONVOLUTION, Storage.DEPTHWISE}
     assert len({storage.reason for storage in Storage}) == len(Storage)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import gguf3n
 from gguf3n.errors import ConfigError, Gguf3nError, MappingError, SourceError, UsageError
+from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.rows import SourceTensor, Stored, stored_tensors
 from gguf3n.gemma3n import mmproj, tower
@@ -24,7 +26,9 @@ from gguf3n.gemma3n.source import Checkpoint
 from gguf3n.planning import estimate_encoders, make_plan
 from gguf3n.recipes import For, find_recipe, preset_names
 from tests import micro
+from tests.inspection.faults import change_tensor, drafted, drop_tensors, set_key
 from workshop import checkpoints
+from workshop.pages import MMPROJ
 from workshop.places import FIXTURES
 
 NAMES = json.loads((FIXTURES / "llama_cpp" / "mmproj_names.json").read_text("utf-8"))
@@ -78,19 +82,26 @@ def test_every_tensor_is_written_as_llama_cpp_names_it(size: str) -> None:
     assert sum(tensor.shape[1:] == (tensor.n_weights, 1, 1) for tensor in part.tensors) == 82
 
 
+def test_the_counts_in_the_docs() -> None:
+    page = MMPROJ.read_text("utf-8")
+    storages = Counter(tensor.storage for tensor in mmproj_part(published("e2b")).tensors)
+    norms = sum("conv1d" in tensor.name and "norm" in tensor.name for tensor in mmproj_part(published("e2b")).tensors)
+    for what, n in (
+        ("`a.conv1d.*.norm.weight`", norms),
+        ("`v.blk.*.layer_scale.gamma`", sum(name.endswith("layer_scale.gamma") for name in THEIRS)),
+        ("depthwise convolutions", storages[Storage.DEPTHWISE]),
+        ("other convolutions", storages[Storage.CONVOLUTION]),
+    ):
+        assert f"| {what} ({n})" in page
+
+
 @every_size
 def test_text_and_encoders_together_are_the_checkpoint(size: str) -> None:
     source = published(size)
-    names = {
-        rows.name
-        for part in (mmproj_part(source),)
-        for t in part.tensors
-        for rows in t.rows
-        if isinstance(rows, Stored)
-    }
+    written = {by_source(tensor) for tensor in mmproj_part(source).tensors}
     encoders = mmproj.table(_encoders(source), source.tensors, size)
     left_out = dict(map_tensors(encoders, source.tensors, size).dropped)
-    assert left_out == {mmproj.TEXT_REASON: len(source.tensors) - len(names)}
+    assert left_out == {mmproj.TEXT_REASON: len(source.tensors) - len(written)}
 
 
 def _encoders(source: Checkpoint) -> Any:
@@ -129,7 +140,7 @@ def test_the_keys_in_the_order_of_the_converter(size: str) -> None:
 
 def test_the_published_tower_is_read_off_its_tensors_too() -> None:
     """What small towers are read by: the same of the published one, its width apart."""
-    shapes = {name: shape for name, shape in tower.PUBLISHED.tensors.items()}
+    shapes = dict(tower.PUBLISHED.tensors)
     out = {name: (16, *shape[1:]) for name, shape in shapes.items() if name == "msfa.ffn.pw_proj.conv.weight"}
     assert tower.read_tower(shapes | out, "x") == replace(tower.PUBLISHED, n_out=16)
     assert tower.PUBLISHED.n_blocks == 84 and len(shapes) == 548
@@ -271,7 +282,7 @@ def test_quantized_from_a_file_as_from_the_checkpoint(seeing: Path, tmp_path: Pa
         assert each.path.read_bytes() == (tmp_path / each.path.name).read_bytes()
 
 
-def test_the_text_file_is_the_same_with_encoders_in_the_checkpoint(
+def test_llama_cpps_text_file_is_the_same_with_encoders_in_the_checkpoint(
     make_checkpoint: Callable[..., Path], seeing: Path, tmp_path: Path
 ) -> None:
     files = []
@@ -279,7 +290,7 @@ def test_the_text_file_is_the_same_with_encoders_in_the_checkpoint(
         named = tmp_path / str(number) / "named"
         named.parent.mkdir()
         named.symlink_to(source, target_is_directory=True)
-        (written,) = gguf3n.convert(named, "Q8_0", tmp_path / str(number) / "out.gguf")
+        (written,) = gguf3n.convert(named, "Q8_0@llama.cpp", tmp_path / str(number) / "out.gguf")
         files.append(written.path.read_bytes())
     assert files[0] == files[1]
 
@@ -428,7 +439,13 @@ CONFIGS: Mapping[str, tuple[Callable[[dict[str, Any]], object], type[Gguf3nError
         ConfigError,
         "sscp_conv_kernel_size is impossible",
     ),
-    "another width": (lambda raw: raw["vision_config"].update(hidden_size=512), MappingError, "has the wrong shape"),
+    "another width": (lambda raw: raw["vision_config"].update(hidden_size=512), MappingError, "is of another width"),
+    "more rows": (lambda raw: raw["vision_config"].update(vocab_size=99), MappingError, "has the wrong shape"),
+    "a key that is too large": (
+        lambda raw: raw["vision_config"].update(intermediate_size=1 << 30),
+        ConfigError,
+        "intermediate_size is impossible",
+    ),
 }
 
 
@@ -491,9 +508,34 @@ def test_each_file_where_the_other_is_wanted(seeing: Path, tmp_path: Path) -> No
         assert error.value.fix and "--" in error.value.fix
 
 
-def test_a_vector_of_an_older_converter_becomes_a_map(seeing: Path, tmp_path: Path) -> None:
-    from tests.inspection.faults import change_tensor
+def test_files_of_other_encoders(seeing: Path, tmp_path: Path) -> None:
+    (written,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "mmproj.gguf", audio=False)
+    with pytest.raises(SourceError, match="no audio encoder"):
+        mmproj_part(gguf3n.read_gguf(written.path), vision=False)
+    change_tensor(written.path, "v.conv_stem.bn.weight", shape=(4, 2))
+    with pytest.raises(MappingError, match="has the wrong shape"):
+        mmproj_part(gguf3n.read_gguf(written.path))
+    change_tensor(written.path, "v.conv_stem.bn.weight", shape=(8,))
+    drop_tensors(written.path, "v.msfa.norm.weight")
+    with pytest.raises(MappingError, match=r"'v\.msfa\.norm\.weight' is missing"):
+        mmproj_part(gguf3n.read_gguf(written.path))
+    set_key(written.path, "clip.vision.projector_type", VT.STRING, "gemma3")
+    with pytest.raises(SourceError, match="the encoders of another model"):
+        mmproj_part(gguf3n.read_gguf(written.path))
 
+
+def test_keys_in_another_order(seeing: Path, tmp_path: Path) -> None:
+    """Of files that others wrote: none is lost."""
+    (written,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "mmproj.gguf", audio=False)
+    with drafted(written.path) as draft:
+        draft.packed.append(draft.packed.pop(1))
+    (again,) = gguf3n.convert(gguf3n.read_gguf(written.path), mmproj="F16", output=tmp_path / "again.gguf")
+    before, after = gguf3n.open_gguf(written.path), gguf3n.open_gguf(again.path)
+    assert before.all_keys[-1].name == "general.type" and len(after.all_keys) == len(before.all_keys)
+    assert set(after.keys) == set(before.keys)
+
+
+def test_a_vector_of_an_older_converter_becomes_a_map(seeing: Path, tmp_path: Path) -> None:
     (sound,) = gguf3n.convert(seeing, mmproj="F16", output=tmp_path / "sound.gguf")
     broken = Path(shutil.copy(sound.path, tmp_path / "broken.gguf"))
     name = "v.blk.1.1.layer_scale.gamma"

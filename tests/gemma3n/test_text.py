@@ -187,8 +187,8 @@ def test_the_outline_without_a_checkpoint_is_the_same(size: str) -> None:
 def test_the_dropped_tensors_are_counted_by_reason() -> None:
     counts = dict(mapped(table_of("E2B")).dropped)
     assert sorted(why.partition(":")[0] for why in counts) == ["audio", "audio embedder", "vision", "vision embedder"]
-    assert counts["audio embedder: belongs in a separate mmproj file"] == 4
-    assert counts["vision embedder: belongs in a separate mmproj file"] == 4
+    assert counts["audio embedder: belongs in the mmproj file (--mmproj)"] == 4
+    assert counts["vision embedder: belongs in the mmproj file (--mmproj)"] == 4
 
 
 # what stands in one place
