@@ -28,6 +28,7 @@ from gguf3n.pipeline import run
 from gguf3n.planning import Plan, linted, make_plan
 from gguf3n.progress import OnProgress
 from gguf3n.recipes import For, Keep, Recipe, extract_recipe, find_recipe, override
+from gguf3n.slicing import padding_notices
 from gguf3n.workers import check_threads
 
 PART_KINDS = {For.TEXT: PartKind.TEXT, For.MMPROJ: PartKind.MMPROJ}
@@ -260,7 +261,8 @@ def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
     if texts:
         wanted = zip(ENCODERS, (options.vision, options.audio), strict=True)
         beside = [what for what, is_wanted in wanted if encoders and is_wanted]
-        plans += plan_all(text_part(source, beside=beside), texts, options.imatrix)
+        planned = plan_all(text_part(source, beside=beside), texts, options.imatrix)
+        plans += [replace(each, notices=(*each.notices, *padding_notices(each))) for each in planned]
     if encoders:
         part = mmproj_part(source, vision=options.vision, audio=options.audio)
         plans += linted([make_plan(part, recipe, force_types=options.force_types) for recipe in encoders])

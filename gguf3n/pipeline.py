@@ -25,17 +25,7 @@ from numpy.typing import NDArray
 from gguf3n.errors import Interrupted, QuantizationError
 from gguf3n.formats.gguf_layout import QType, row_bytes
 from gguf3n.formats.gguf_writer import GGUFWriter
-from gguf3n.formats.rows import (
-    CHUNK_WEIGHTS,
-    Arithmetic,
-    Chunk,
-    RowReader,
-    Rows,
-    Stored,
-    Values,
-    chunks,
-    dequantize_into,
-)
+from gguf3n.formats.rows import CHUNK_WEIGHTS, Arithmetic, Chunk, RowReader, Rows, Values, chunks, dequantize_into
 from gguf3n.planning import Plan, PlannedTensor
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.workers import default_threads, run_workers
@@ -173,12 +163,12 @@ class _Work:
         """Read, quantize and write one chunk."""
         rows = chunk.rows
         values = values[: chunk.n_weights].reshape(chunk.n_rows, rows.n_per_row)
-        raw: NDArray[np.uint8] | None = None
-        if isinstance(rows, Stored):  # its bytes are what an output of the same type gets
-            raw = self.reader.read_stored(rows, chunk.first, chunk.n_rows)
-            largest = self.reader.arithmetic.widen(rows.dtype, raw, values.reshape(-1))
-        else:
+        raw = self.reader.read_raw(rows, chunk.first, chunk.n_rows)  # what an output of the same type gets
+        if raw is None:
             largest = self.reader.fill(rows, chunk.first, values)
+        else:
+            (dtype,) = rows.dtypes
+            largest = self.reader.arithmetic.widen(dtype, raw, values.reshape(-1))
         if not math.isfinite(largest):
             raise _not_finite(chunk, values)
         for wanted in self.wanted[rows]:

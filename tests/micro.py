@@ -37,6 +37,19 @@ def config(**text: Any) -> dict[str, Any]:
     return raw
 
 
+def e4b_config(**text: Any) -> dict[str, Any]:
+    """The same with the 35 layers of E4B, so that it has the slices of E4B."""
+    sliding = ["sliding_attention"] * 4 + ["full_attention"]
+    shaped: dict[str, Any] = {
+        "num_hidden_layers": 35,
+        "num_kv_shared_layers": 15,
+        "intermediate_size": [64] * 35,
+        "layer_types": sliding * 7,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 25,
+    }
+    return config(**shaped | text)
+
+
 def bf16_bits(values: np.ndarray) -> np.ndarray:
     """Float32 cut to BF16."""
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)

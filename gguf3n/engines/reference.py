@@ -40,7 +40,7 @@ class Reference:
     """A checkpoint that transformers has loaded; only its text model, whatever else it holds.
 
     Args:
-        source: a checkpoint directory, or one that is open.
+        source: a checkpoint directory, or one that is open; also a slice, whose padding is left out.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
         dtype: what the weights are taken to and the layers computed in, "float32" or "bfloat16".
 
@@ -57,7 +57,7 @@ class Reference:
         import transformers
 
         self._torch = torch
-        self.source = open_checkpoint(source)
+        self.source = open_checkpoint(source).unpadded
         self.directory = self.source.path
         self.dtype = dtype
         text = self.source.raw_config.get("text_config", self.source.raw_config)

@@ -78,7 +78,7 @@ class VisionReference:
         import transformers
 
         self._torch = torch
-        self.source = source
+        self.source = source = source.unpadded
         raw = source.raw_config
         if raw.get("model_type") != "gemma3n" or "vision_config" not in raw:
             raise ConfigError(

@@ -3,6 +3,7 @@
     Stored     consecutive rows of a tensor in a file
     Zeros      rows that no file has
     View       some rows and columns of other rows: a slice of a larger model
+    Padded     other rows with zeros to their right: a narrow matrix where a wide one is demanded
     Repeated   one row of other rows, again and again
     Transposed the columns of a matrix in a file
     LowRank    other rows with a low-rank product added: a model with an adapter
@@ -213,6 +214,8 @@ class View:
         return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        if isinstance(self.base, Stored) and (raw := reader.read_raw(self, first, len(out))) is not None:
+            return reader.arithmetic.widen(self.base.dtype, raw, out.reshape(-1))
         whole = np.empty((len(out), self.base.n_per_row), np.float32)
         reader.fill(self.base, self.rows.start + first, whole)
         start = 0
@@ -220,6 +223,41 @@ class View:
             out[:, start : start + len(run)] = whole[:, run.start : run.stop]
             start += len(run)
         return largest_magnitude(out)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Other rows, each with zeros after it. `n_per_row` counts both."""
+
+    base: Rows
+    n_per_row: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.base.n_rows
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.base.stored
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        narrow = np.empty((len(out), self.base.n_per_row), np.float32)
+        largest = reader.fill(self.base, first, narrow)
+        out[:, : self.base.n_per_row] = narrow
+        out[:, self.base.n_per_row :] = 0
+        return largest
 
 
 @dataclass(frozen=True)
@@ -414,6 +452,23 @@ class SourceTensor:
         return tuple(each for rows in self.rows for each in rows.stored)
 
 
+def some_rows(forms: Iterable[Rows], wanted: range) -> tuple[Rows, ...]:
+    """Consecutive rows of forms that stand one below the other."""
+    found: list[Rows] = []
+    start = 0
+    for form in forms:
+        part = range(max(wanted.start - start, 0), min(wanted.stop - start, form.n_rows))
+        start += form.n_rows
+        if part:
+            found.append(cut(form, part))
+    return tuple(found)
+
+
+def some_columns(forms: Iterable[Rows], runs: tuple[range, ...]) -> tuple[Rows, ...]:
+    """Runs of columns, side by side, of forms that stand one below the other."""
+    return tuple(form if runs == (range(form.n_per_row),) else View(form, range(form.n_rows), runs) for form in forms)
+
+
 def stored_tensors(stored: Iterable[Stored]) -> dict[str, SourceTensor]:
     """A table of tensors, by name, each of which is in one file as it is."""
     return {each.name: SourceTensor(each.name, each.shape, (each,)) for each in stored}
@@ -467,6 +522,21 @@ class RowReader:
         out = buffer[:n_bytes]
         self.copy_stored(stored, first, out)
         return out
+
+    def read_raw(self, rows: Rows, first: int, n_rows: int) -> NDArray[np.uint8] | None:
+        """The bytes of some rows as they are in a file, good until the thread's next call; None where no file has them.
+
+        Why: what is only copied need not become float32, and of what is widened, only what is wanted.
+        """
+        if isinstance(rows, Stored):
+            return self.read_stored(rows, first, n_rows)
+        if not (isinstance(rows, View) and isinstance(rows.base, Stored) and rows.base.dtype in DTYPE_BYTES):
+            return None
+        base, size = rows.base, DTYPE_BYTES[rows.base.dtype]
+        whole = self.read_stored(base, rows.rows.start + first, n_rows).reshape(n_rows, base.row_bytes)
+        return np.concatenate([whole[:, run.start * size : run.stop * size] for run in rows.columns], axis=1).reshape(
+            -1
+        )
 
     def copy_stored(self, stored: Stored, first: int, out: NDArray[np.uint8]) -> None:
         """The same into a buffer of the caller's, which holds whole rows."""

@@ -109,7 +109,7 @@ class _Merge:
             name=f"{self.source.name}-{self.adapter.name}",
             tensors={**self.source.tensors, **merged},
             notices=(*self.source.notices, *self.notices(merged)),
-            adapters=(*self.source.adapters, self.adapter.name),
+            changes=(*self.source.changes, self.adapter.name),
             as_it_stands=False,
         )
 

@@ -44,7 +44,7 @@ NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_
 """What the gguf package guesses from a directory's name; a Hub id says it better."""
 
 OF_THE_BASE = ("author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
-"""What the base of a merged model has, and the merged model does not: it was published by nobody."""
+"""What the base of a merged or sliced model has, and that model does not: it was published by nobody."""
 
 
 def general_keys(
@@ -54,7 +54,7 @@ def general_keys(
     n_weights: int,
     kind: str = "model",
     *,
-    adapters: Sequence[str] = (),
+    changes: Sequence[str] = (),
 ) -> list[KeyValue]:
     """The general.* keys, from the model card, generation_config.json, config.json and the name.
 
@@ -63,7 +63,7 @@ def general_keys(
         arch: general.architecture.
         n_weights: of all tensors written, for the size label.
         kind: general.type.
-        adapters: names of those that are merged into the model, whose base model the directory's then is.
+        changes: what was made of the directory's model, which then is the base model: names of adapters and slices.
 
     Raises: ConfigError if the model card's front matter or generation_config.json can't be read.
     """
@@ -83,8 +83,8 @@ def general_keys(
             for field in NAME_FIELDS:
                 setattr(metadata, field, getattr(named, field))
         metadata.name = metadata.name or directory.name
-        if adapters:
-            _make_base(metadata, repo_id, adapters)
+        if changes:
+            _make_base(metadata, repo_id, changes)
         metadata.size_label = metadata.size_label or gguf.size_label(n_weights, 0, 0, 0)
         writer = gguf.GGUFWriter(None, arch)
         writer.add_type(kind)
@@ -108,16 +108,16 @@ def _check_sampling(metadata: Any, sampling: Mapping[str, Any], generation: Path
             raise ConfigError(f"{generation}: cannot be read", expected=f"{name}, as before", found="nothing")
 
 
-def _make_base(metadata: Any, repo_id: str | None, adapters: Sequence[str]) -> None:
-    """Turn what is said of a model into what is said of one that adapters were merged into."""
+def _make_base(metadata: Any, repo_id: str | None, changes: Sequence[str]) -> None:
+    """Turn what is said of a model into what is said of one that was made of it."""
     base = {field: getattr(metadata, field) for field in ("name", *OF_THE_BASE)}
     if repo_id is not None:
         base["repo_url"] = f"https://huggingface.co/{repo_id}"
     for field in OF_THE_BASE:
         setattr(metadata, field, None)
     metadata.base_models = [{field: value for field, value in base.items() if value is not None}]
-    metadata.name = " ".join([metadata.name, *adapters])
-    metadata.finetune = "-".join([*filter(None, [metadata.finetune]), *adapters])
+    metadata.name = " ".join([metadata.name, *changes])
+    metadata.finetune = "-".join([*filter(None, [metadata.finetune]), *changes])
 
 
 def _check_front_matter(text: str) -> None:

@@ -97,7 +97,7 @@ def _of_checkpoint(source: Checkpoint, beside: tuple[str, ...]) -> Part:
             "of KV-shared layers, which llama.cpp loads but never evaluates"
         )
     keys = (
-        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights, adapters=source.adapters),
+        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights, changes=source.changes),
         *text.model_keys(config),
         *tokenizer_keys(vocabulary),
     )
@@ -128,7 +128,7 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
     ]
     keys = (
         *general_keys(
-            source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND, adapters=source.adapters
+            source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND, changes=source.changes
         ),
         *mmproj.model_keys(encoders),
     )

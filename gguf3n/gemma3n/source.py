@@ -59,18 +59,23 @@ class Checkpoint(Source):
 
     Args:
         repo_id: the Hub's name of it, where it was fetched from there.
-        adapters: names of those that are merged into it, in order.
+        changes: names of what was made of it, in order: of the adapters merged into it, and of the slice that it is.
         as_it_stands: whether the directory's files hold these tensors as they are, for who reads them by themselves.
     """
 
     repo_id: str | None = None
-    adapters: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
     as_it_stands: bool = True
 
     @property
     def read_from(self) -> str:
-        """The directory, and the adapters."""
-        return " with ".join([str(self.path), *self.adapters])
+        """The directory, and what was made of it."""
+        return " with ".join([str(self.path), *self.changes])
+
+    @property
+    def unpadded(self) -> Checkpoint:
+        """The model without what llama.cpp needs beside it."""
+        return self
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:

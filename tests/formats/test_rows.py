@@ -27,6 +27,7 @@ from gguf3n.formats.rows import (
     Chunk,
     LowRank,
     OfLength,
+    Padded,
     Repeated,
     RowReader,
     Rows,
@@ -40,6 +41,8 @@ from gguf3n.formats.rows import (
     cut,
     dequantize_into,
     largest_magnitude,
+    some_columns,
+    some_rows,
     stored_tensors,
     widen_with_numpy,
 )
@@ -201,6 +204,18 @@ def a_view_of_a_view(directory: Path) -> Made:
     ][3:20]
 
 
+@form
+def padded(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Padded(stored, 100), np.hstack([values, np.zeros((N_ROWS, 36), np.float32)])
+
+
+@form
+def a_padded_view(directory: Path) -> Made:
+    rows, values = a_view_of_runs_of_columns(directory)
+    return Padded(rows, 40), np.hstack([values, np.zeros((len(values), 4), np.float32)])
+
+
 def low_rank(base: Rows, values: NDArray[np.float32], directory: Path, dtype: str, scale: float) -> Made:
     """The sum in float64, rank by rank, rounded once."""
     a, a_values = store(directory, dtype, (3, base.n_per_row), seed=1)
@@ -332,6 +347,10 @@ def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
         replace(merged, a=replace(a, offset=9)),
         View(merged, range(4), (range(64),)),
         replace(merged, base=View(stored, range(40), (range(64),))),
+        Padded(stored, 65),
+        Padded(stored, 66),
+        Padded(view, 65),
+        cut(stored, range(1, 5)),
     ]
     assert len(set(forms)) == len(forms)
 
@@ -346,6 +365,8 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert [rows.origin for rows in (stored, view)] == [where, where]
     assert merged.origin == f"{where} with {tmp_path / 'F16-1'}: tensor 'F16.weight'"
     assert [rows.dtypes for rows in (stored, Zeros(9, 9), view, merged)] == [{"BF16"}, set(), {"BF16"}, {"F32"}]
+    padded = Padded(view, 9)
+    assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
     quantized, _ = store(tmp_path, "Q4_0")
     assert (quantized.row_bytes, quantized.stored_bytes) == (36, 40 * 36)
     assert (quantized.in_rows_of(32).row_bytes, quantized.in_rows_of(32).stored_bytes) == (18, 40 * 36)
@@ -365,6 +386,45 @@ def test_rows_that_are_cut_are_of_the_form_that_is_read_fastest(tmp_path: Path) 
     assert cut(stored, range(7, 9)) == replace(stored, shape=(2, 64), offset=5 + 7 * 128)
     assert cut(Zeros(9, 3), range(2, 4)) == Zeros(2, 3)
     assert cut(view, range(2, 4)) == View(view, range(2, 4), (range(5),))
+
+
+def test_some_rows_and_columns_of_several_forms(tmp_path: Path, reader: RowReader) -> None:
+    """Whatever range is taken of forms that stand one below the other; whole forms stay what they are."""
+    forms = [store(tmp_path, "BF16"), zeros(tmp_path), low_rank(*store(tmp_path, "F32"), tmp_path, "F16", 1.0)]
+    wide = (forms[0], (Zeros(9, N_PER_ROW), np.zeros((9, N_PER_ROW), np.float32)), forms[2])
+    every, values = [form for form, _ in wide], np.vstack([value for _, value in wide])
+    n = len(values)
+    for wanted in (range(n), range(3, n - 3), range(39, 42), range(41, 47), range(50, 51), range(2)):
+        taken = some_rows(every, wanted)
+        found = np.vstack([read(form, reader)[0] for form in taken])
+        assert np.array_equal(found, values[wanted.start : wanted.stop])
+    assert some_rows(every, range(n)) == tuple(every)
+    assert [type(form) for form in some_rows(every, range(39, 50))] == [Stored, Zeros, View]
+    runs = (range(7, 9), range(60, 64))
+    found = np.vstack([read(form, reader)[0] for form in some_columns(every, runs)])
+    assert np.array_equal(found, values[:, [7, 8, 60, 61, 62, 63]])
+    assert some_columns(every, (range(N_PER_ROW),)) == tuple(every)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_bytes_of_a_view_are_those_of_the_file(dtype: str, tmp_path: Path, reader: RowReader) -> None:
+    stored, values = store(tmp_path, dtype)
+    view = View(stored, range(5, 30), (range(3, 9), range(60, 64)))
+    raw = reader.read_raw(view, 2, 4)
+    assert raw is not None and raw.tobytes() == raw_bytes(np.hstack([values[7:11, 3:9], values[7:11, 60:64]]), dtype)[0]
+    whole = reader.read_raw(stored, 0, N_ROWS)
+    assert whole is not None and whole.tobytes() == raw_bytes(values, dtype)[0]
+    for form in (
+        Zeros(4, 4),
+        Padded(stored, 70),
+        View(view, range(2), (range(4),)),
+        View(quantized(tmp_path), range(2), (range(4),)),
+    ):
+        assert reader.read_raw(form, 0, 2) is None
+
+
+def quantized(directory: Path) -> Stored:
+    return store(directory, "Q8_0")[0]
 
 
 def test_the_compiled_values_are_those_of_numpy() -> None:

@@ -121,7 +121,7 @@ def test_one_after_another(base: Path, everything: list[Path], tmp_path: Path) -
     for name in once.tensors:
         assert ulps(trained.values(once.tensors[name]), trained.values(twice.tensors[name])) == 0, name
     assert once.name == "base-first-second"
-    assert once.adapters == ("first", "second")
+    assert once.changes == ("first", "second")
 
 
 def test_a_scale(base: Path, tmp_path: Path) -> None:
