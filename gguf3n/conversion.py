@@ -21,7 +21,7 @@ from gguf3n.gemma3n.adapter import read_adapter
 from gguf3n.gemma3n.gguf_types import types_by_storage
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
-from gguf3n.gemma3n.merging import check_scale, merge
+from gguf3n.gemma3n.merging import check_given, merge
 from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, check_kind, mmproj_part, text_part
 from gguf3n.gemma3n.source import GGUFSource, Source, open_gguf_source, open_source
 from gguf3n.pipeline import run
@@ -172,7 +172,7 @@ def read_source(
     Raises: SourceError or a class below it; GGUFError; HubError; UsageError for a quantized GGUF file, or adapters that
         can't be merged into one.
     """
-    check_scale(adapter_scale, adapters)
+    check_given(adapters, adapter_scale)
     read = [read_adapter(adapter, show_progress=show_progress) for adapter in adapters]
     opened = open_source(source, revision=revision, weights=weights, show_progress=show_progress)
     checked = _checked(opened, allow_requantize) if isinstance(opened, GGUFSource) else opened

@@ -16,17 +16,20 @@ Exact: a product is added in float64 and rounded to float32 once, where PEFT rou
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 from gguf3n.errors import MappingError, UsageError
 from gguf3n.formats.rows import LowRank, OfLength, Rows, SourceTensor, Stored, Transposed, cut
 from gguf3n.gemma3n.adapter import MERGE_IT, Adapter, Piece
 from gguf3n.gemma3n.mmproj import AUDIO_NAMES, VISION_NAMES
 from gguf3n.gemma3n.names import bare_name
+from gguf3n.gemma3n.slices import SlicedCheckpoint
 from gguf3n.gemma3n.source import Checkpoint, Source
 
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
@@ -50,12 +53,17 @@ ONLY_ADDED = ("LoRA", "LoRA of an embedding")
 """Kinds that --adapter-scale can make more or less of."""
 
 
-def check_scale(scale: float, adapters: Sequence[object]) -> None:
-    """Raises: UsageError for a scale that is none, or is given without adapters."""
+def check_given(adapters: Sequence[str | Path], scale: float) -> None:
+    """Raises: UsageError for a scale that is none, or is given without adapters; for an adapter that is named twice."""
     if not math.isfinite(scale) or scale == 0:
         raise UsageError(f"--adapter-scale {scale:g}", expected="a number that is not 0")
     if scale != 1 and not adapters:
         raise UsageError("--adapter-scale without --adapter", fix="name the adapter, or leave it out")
+    for number, adapter in enumerate(adapters):
+        if os.path.realpath(adapter) in map(os.path.realpath, adapters[:number]):
+            raise UsageError(
+                f"{adapter}: the same adapter twice", fix="name it once; --adapter-scale 2 adds twice as much of it"
+            )
 
 
 def merge(source: Source, adapters: Sequence[Adapter], scale: float = 1.0) -> Source:
@@ -65,9 +73,15 @@ def merge(source: Source, adapters: Sequence[Adapter], scale: float = 1.0) -> So
         scale: how much of what they add is added.
 
     Raises: MappingError for an adapter that does not fit the checkpoint, or can't be merged into its file; ConfigError
-        or SourceError for the checkpoint; UsageError for a GGUF file, or a scale of what can't be scaled.
+        or SourceError for the checkpoint; UsageError for a GGUF file or a slice, or a scale of what can't be scaled.
     """
     for adapter in adapters:
+        if isinstance(source, SlicedCheckpoint):
+            raise UsageError(
+                f"{source.origin}: adapters are merged into the whole model, before a slice is taken",
+                fix="take the slice of what has the adapters; for an adapter that was trained on the slice, write the "
+                "slice as a checkpoint, and give that",
+            )
         if not isinstance(source, Checkpoint):
             raise UsageError(
                 f"{source.origin}: adapters are merged into a checkpoint, not into a GGUF file",
