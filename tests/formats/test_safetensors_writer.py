@@ -32,7 +32,7 @@ def tensors(tmp_path: Path) -> list[SourceTensor]:
     (stored,) = table["a"].rows
     assert isinstance(stored, Stored)
     view = View(stored, range(2, 8), (range(3, 5), range(14, 15)))
-    parts = (cut(stored, 0, 3), cut(stored, 7, 2))
+    parts = (cut(stored, range(3)), cut(stored, range(7, 9)))
     return [*table.values(), SourceTensor("view", (6, 3), (view,)), SourceTensor("parts", (5, 15), parts)]
 
 
