@@ -99,7 +99,7 @@ class Writing:
         return parse_validation(self.stages, threads=self.threads)
 
 
-def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
+def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) -> None:
     """Write the files and validate them, or print what would be written.
 
     Args:
@@ -107,7 +107,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     """
     validation = wanted.validation()
     conversion = wanted.conversion()
-    source = read()
+    source = read(conversion)
     if validation is not None:
         validation = replace(validation, imatrix=conversion.imatrix)
         check_extra(source, validation, validation.stages)

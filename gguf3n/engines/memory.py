@@ -112,6 +112,7 @@ def reference_need(source: Checkpoint, dtype: str, n_ctx: int, *others: Alternat
 
     Raises: SourceError or a class below it.
     """
+    source = source.unpadded
     config = source.config
     mapping = map_tensors(table(config), source.tensors, source.origin)
     # logits of some positions, their soft cap, and of one position the log-probabilities in float64

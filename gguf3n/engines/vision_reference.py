@@ -27,6 +27,7 @@ from gguf3n.engines.reference import check_device, device_memory, load_model
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import ConfigError, UsageError
 from gguf3n.gemma3n.encoders import N_IMAGE_TOKENS, ImageTokens, read_image_tokens
+from gguf3n.gemma3n.mmproj import AUDIO_NAMES
 from gguf3n.gemma3n.names import ENCODER_PREFIX, TEXT_PREFIX
 from gguf3n.gemma3n.source import Checkpoint
 
@@ -77,7 +78,7 @@ class VisionReference:
         import transformers
 
         self._torch = torch
-        self.source = source
+        self.source = source = source.unpadded
         raw = source.raw_config
         if raw.get("model_type") != "gemma3n" or "vision_config" not in raw:
             raise ConfigError(
@@ -88,10 +89,11 @@ class VisionReference:
         config.audio_config.conf_num_hidden_layers = 0  # nothing is heard here
         model = load_model(
             _without_audio(transformers.Gemma3nForConditionalGeneration),
-            source.path,
+            source,
             config=config,
-            dtype=getattr(torch, dtype),
             key_mapping=_NAMES,
+            dtype=getattr(torch, dtype),
+            left_out=AUDIO_NAMES,
         )
         self._memory = partial(device_memory, self.device, dtype)
         with self._memory():

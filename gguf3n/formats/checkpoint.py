@@ -37,7 +37,7 @@ INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 FOREIGN_FILES: tuple[tuple[str, str, str], ...] = (
-    ("adapter_config.json", "a PEFT adapter, not a model", "merge it: model.merge_and_unload().save_pretrained(DIR)"),
+    ("adapter_config.json", "a PEFT adapter, not a model", "merge it into its base: gguf3n convert BASE --adapter DIR"),
     ("*.distcp", "unconsolidated FSDP training shards", "consolidate: accelerate merge-weights SRC DIR"),
     ("pytorch_model_fsdp*", "unconsolidated FSDP training shards", "consolidate: accelerate merge-weights SRC DIR"),
     ("zero_to_fp32.py", "unconsolidated DeepSpeed training shards", "consolidate: python zero_to_fp32.py . DIR"),

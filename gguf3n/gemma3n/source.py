@@ -18,7 +18,7 @@ from gguf3n.errors import SourceError, UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
 from gguf3n.formats.gguf_reader import SPLIT_NAME, GGUFFile, open_gguf
 from gguf3n.formats.hub import fetch_checkpoint, fetch_tensor_table, is_repo_id
-from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, Stored, stored_tensors
+from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, stored_tensors
 from gguf3n.formats.small_file import check_checkpoint_files, check_permission
 from gguf3n.gemma3n.config import Config, load_config, parse_config
 from gguf3n.gemma3n.tokenizer import Vocabulary, read_vocabulary
@@ -45,15 +45,37 @@ class Source:
     @property
     def files(self) -> set[Path]:
         """Those that its weights are in."""
-        stored = (rows for tensor in self.tensors.values() for rows in tensor.rows if isinstance(rows, Stored))
-        return {self.path, *(Path(rows.file_name) for rows in stored)}
+        return {self.path, *(Path(each.file_name) for tensor in self.tensors.values() for each in tensor.stored)}
+
+    @property
+    def read_from(self) -> str:
+        """Where its weights are from, for what is kept of them."""
+        return str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Source):
-    """A directory in Hugging Face's layout. `repo_id`: the Hub's name of it, where it was fetched from there."""
+    """A directory in Hugging Face's layout.
+
+    Args:
+        repo_id: the Hub's name of it, where it was fetched from there.
+        changes: names of what was made of it, in order: of the adapters merged into it, and of the slice that it is.
+        as_it_stands: whether the directory's files hold these tensors as they are, for who reads them by themselves.
+    """
 
     repo_id: str | None = None
+    changes: tuple[str, ...] = ()
+    as_it_stands: bool = True
+
+    @property
+    def read_from(self) -> str:
+        """The directory, and what was made of it."""
+        return " with ".join([str(self.path), *self.changes])
+
+    @property
+    def unpadded(self) -> Checkpoint:
+        """The model without what llama.cpp needs beside it."""
+        return self
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:

@@ -251,7 +251,11 @@ NOT_CHECKPOINTS: dict[str, tuple[list[str], str, str]] = {
     "empty directory": ([], "no checkpoint here", "an empty directory"),
     "config only": (["config.json", "tokenizer.json"], "no checkpoint here", "config.json, tokenizer.json"),
     "many files": ([f"{c}.txt" for c in "abcdef"], "no checkpoint here", "a.txt, b.txt, c.txt, d.txt, e.txt, …"),
-    "PEFT adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter", "merge_and_unload"),
+    "PEFT adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        "a PEFT adapter",
+        "convert BASE --adapter DIR",
+    ),
     "FSDP shards": (["__0_0.distcp", ".metadata"], "FSDP", "accelerate merge-weights"),
     "FSDP file": (["pytorch_model_fsdp_0.bin"], "FSDP", "accelerate merge-weights"),
     "DeepSpeed script": (["zero_to_fp32.py", "latest"], "DeepSpeed", "zero_to_fp32.py"),
