@@ -112,6 +112,7 @@ def reference_need(source: Checkpoint, dtype: str, n_ctx: int, *others: Alternat
 
     Raises: SourceError or a class below it.
     """
+    source = source.unpadded
     config = source.config
     mapping = map_tensors(table(config), source.tensors, source.origin)
     # logits of some positions, their soft cap, and of one position the log-probabilities in float64
@@ -121,7 +122,7 @@ def reference_need(source: Checkpoint, dtype: str, n_ctx: int, *others: Alternat
     n_unread = sum(
         tensor.n_weights
         for tensor in mapping.tensors
-        if source.is_plain and tensor.name == PER_LAYER_TOKEN_EMBD and tensor.source_dtypes == {"BF16"}
+        if source.as_it_stands and tensor.name == PER_LAYER_TOKEN_EMBD and tensor.source_dtypes == {"BF16"}
     )
     widened = 4 * HEAD_ROWS * config.hidden_size
     in_bfloat16 = 2 * (mapping.n_weights - n_unread) + widened + working

@@ -64,6 +64,9 @@ SMALL_FILES = (
 )
 """What is fetched beside the weights; the last two only tell an adapter or a quantized checkpoint by name."""
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT saves of an adapter, in the order in which they are fetched."""
+
 HEADER_REQUEST_BYTES = 256 * 1024
 """The first request for a safetensors header; Gemma 3n's headers are smaller, so one request a shard is enough."""
 
@@ -183,6 +186,30 @@ def fetch_checkpoint(
             for name in weight_files:
                 fetch(name)
     return FetchedCheckpoint(directory, repo_id, revision, commit, tuple(weight_files), from_cache)
+
+
+def fetch_adapter(
+    repo_id: str, revision: str | None = None, *, token: str | bool | None = None, progress: bool = True
+) -> Path:
+    """The directory of an adapter's files, downloaded unless they are in the cache. Arguments: as `fetch_checkpoint`.
+
+    Raises: HubError; OutputError if the cache cannot be written.
+    """
+    revision = revision or "main"
+    names, commit, unreachable = _list_files(repo_id, revision, token)
+    from_cache = unreachable is not None
+    if not from_cache and not set(ADAPTER_FILES) <= set(names):
+        raise HubError(
+            f"{repo_id}: no adapter at the top of the repository",
+            expected=" and ".join(ADAPTER_FILES),
+            found=_few([name for name in names if not name.startswith(".git")]) or "no files",
+            fix="download the directory that holds it, and name that",
+        )
+    with _progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
+        for name in ADAPTER_FILES:
+            with _explained(repo_id, revision, name, unreachable):
+                directory = download(name, revision, from_cache=from_cache).parent
+    return directory
 
 
 def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, SourceTensor]:

@@ -178,7 +178,8 @@ def _with_row(tensor: MappedTensor, index: int, row: HardEmbedding) -> MappedTen
             mended.append(rows)
             plain.append(rows)
             continue
-        before, own, after = cut(rows, 0, at), cut(rows, at, 1), cut(rows, at + 1, rows.n_rows - at - 1)
+        places = range(at), range(at, at + 1), range(at + 1, rows.n_rows)
+        before, own, after = (cut(rows, place) for place in places)
         mended += [piece for piece in (before, row, after) if piece.n_rows]
         plain += [piece for piece in (before, own, after) if piece.n_rows]
     return replace(tensor, rows=tuple(mended), plain_rows=tuple(plain))

@@ -185,7 +185,7 @@ class TensorMap:
 
 
 FOREIGN: tuple[tuple[str, str, str], ...] = (
-    (r".*\.lora_[AB]\..*", "LoRA matrices, not a merged model", "merge the adapter into its base model and save that"),
+    (r".*\.lora_[AB]\..*", "LoRA matrices, not a merged model", "merge the adapter: gguf3n convert BASE --adapter DIR"),
     (r".*\.base_layer\.weight", "a PEFT model with its adapters unmerged", "save model.merge_and_unload() instead"),
     (
         r".*\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_format|weight_scale(_inv)?)",

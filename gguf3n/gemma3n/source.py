@@ -46,8 +46,12 @@ class Source:
     @property
     def files(self) -> set[Path]:
         """Those that its weights are in."""
-        stored = (each for tensor in self.tensors.values() for rows in tensor.rows for each in rows.stored)
-        return {self.path, *(Path(each.file_name) for each in stored)}
+        return {self.path, *(Path(each.file_name) for tensor in self.tensors.values() for each in tensor.stored)}
+
+    @property
+    def read_from(self) -> str:
+        """Where its weights are from, for what is kept of them."""
+        return str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +60,26 @@ class Checkpoint(Source):
 
     Args:
         path: where config and tokenizer are.
+        folder: what the directory is called by its user, where that is another name than `path` has.
         repo_id: the Hub's name of it, where it was fetched from there.
+        changes: names of what was made of it, in order: of the adapters merged into it, and of the slice that it is.
+        as_it_stands: whether the directory's files hold these tensors as they are, for who reads them by themselves.
     """
 
+    folder: str | None = None
     repo_id: str | None = None
+    changes: tuple[str, ...] = ()
+    as_it_stands: bool = True
 
     @property
-    def is_plain(self) -> bool:
-        """Whether transformers finds its weights, too."""
-        return any(is_there(self.path / name, CheckpointError) for name in (SINGLE, INDEX))
+    def read_from(self) -> str:
+        """The directory, and what was made of it."""
+        return " with ".join([str(self.path), *self.changes])
+
+    @property
+    def unpadded(self) -> Checkpoint:
+        """The model without what llama.cpp needs beside it."""
+        return self
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -127,12 +142,15 @@ def open_source(
     model = find_model(path)
     settings = settings_directory(model.directory)
     check_checkpoint_files(settings)
+    name = _last_part(os.path.abspath(path))
     return Checkpoint(
         origin=str(model.directory),
         path=settings,
-        name=_last_part(os.path.abspath(path)),
+        name=name,
         tensors=model.tensors,
         notices=model.notices,
+        folder=None if settings == path else name,
+        as_it_stands=any(is_there(settings / file, CheckpointError) for file in (SINGLE, INDEX)),
     )
 
 

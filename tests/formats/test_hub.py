@@ -34,7 +34,11 @@ from gguf3n.formats import hub
 for options in json.loads(sys.argv[1]):
     table = options.pop("table", False)
     exec(options.pop("before", ""))
+    is_adapter = options.pop("adapter", False)
     try:
+        if is_adapter:
+            print(json.dumps({"directory": str(hub.fetch_adapter(**options))}))
+            continue
         fetched = hub.fetch_checkpoint(**options)
         result = dataclasses.asdict(fetched)
         if table:
@@ -49,7 +53,8 @@ for options in json.loads(sys.argv[1]):
         result = {"error": "KeyboardInterrupt"}
     print(json.dumps(result, default=str))
 """
-"""Prints what each `fetch_checkpoint` gives or raises; `before`: code to run first, `table`: with the tensor table."""
+"""Prints what each `fetch_checkpoint` gives or raises; `before`: code to run first, `table`: with the tensor table,
+`adapter`: of `fetch_adapter` instead."""
 
 
 @dataclass
@@ -415,6 +420,23 @@ class TestBrokenDownloads:
         client.home.write_text("a file where the cache should be")
         error = client.fetch()
         assert error["error"] == "OutputError" and str(client.home) in error["what"]
+
+
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": safetensors(a=10)}
+
+
+def test_an_adapter(server: HubServer, client: Client) -> None:
+    """Its two files and no other, from the Hub and then from the cache; an incomplete one is an error."""
+    server.add("org/adapter", ADAPTER | {"optimizer.pt": b"large", "README.md": b"#"})
+    server.add("org/inside", {f"checkpoint-1/{name}": data for name, data in ADAPTER.items()})
+    adapter = {"adapter": True, "repo_id": "org/adapter"}
+    found, inside = client.fetch_each(adapter, {"adapter": True, "repo_id": "org/inside"})
+    assert stored(found) == ADAPTER
+    assert inside["error"] == "HubError" and "no adapter at the top" in inside["what"]
+    assert "checkpoint-1/adapter_config.json" in inside["found"]
+    cached, missing = client.offline().fetch_each(adapter, {"adapter": True, "repo_id": "org/other"})
+    assert cached == found
+    assert missing["error"] == "HubError" and "HF_HUB_OFFLINE" in missing["what"]
 
 
 UNUSABLE: dict[str, tuple[dict[str, bytes], str, str]] = {
