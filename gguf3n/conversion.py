@@ -339,7 +339,13 @@ def convert(
         opened = source
     else:
         opened = read_source(source, revision=revision, adapters=adapters, adapter_scale=adapter_scale)
-    plans = plan_files(opened, options)
+    return write_files(plan_files(opened, options), options, progress)
+
+
+def write_files(
+    plans: Sequence[Plan], options: ConversionOptions, progress: OnProgress | None = None
+) -> list[Conversion]:
+    """Carry out what `plan_files` has planned; errors as for `write`."""
     return write(
         plans,
         options.output,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -137,14 +137,14 @@ class VisionReference:
             found = self._model.model.get_image_features(image.to(self.device, self._model.dtype))
         return Seen(found.pooler_output[0])
 
-    def token_ids(self, before: str, after: str) -> list[int]:
-        """The ids of a prompt with a picture between two texts."""
+    def prompts(self, before: str, afters: Iterable[str]) -> list[list[int]]:
+        """The ids of prompts with a picture between a text and each of others."""
         tokens = self._tokens
-        with closing(open_reference(self.source)) as tokenizer:
-            head, tail = tokenizer.encode(before), tokenizer.encode(after)
-            tail = tail[tail[:1] == [tokenizer.bos_id] :]
         soft = [tokens.image_token_id] * tokens.vision_soft_tokens_per_image
-        return [*head, tokens.boi_token_id, *soft, tokens.eoi_token_id, *tail]
+        with closing(open_reference(self.source)) as tokenizer:
+            head = [*tokenizer.encode(before), tokens.boi_token_id, *soft, tokens.eoi_token_id]
+            tails = [tokenizer.encode(after) for after in afters]
+            return [[*head, *tail[tail[:1] == [tokenizer.bos_id] :]] for tail in tails]
 
     def logprobs(
         self, token_ids: Sequence[int], seen: Seen, positions: Sequence[int], end: EndRows | None = None
