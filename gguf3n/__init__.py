@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gguf3n.adapter_file import convert_adapter, plan_adapter
     from gguf3n.conversion import (
         Conversion,
         ConversionOptions,
@@ -41,7 +42,18 @@ if TYPE_CHECKING:
     )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-    from gguf3n.formats.rows import LowRank, OfLength, Padded, RowReader, SourceTensor, Stored, Transposed, View, Zeros
+    from gguf3n.formats.rows import (
+        LowRank,
+        OfLength,
+        Padded,
+        RowReader,
+        Scaled,
+        SourceTensor,
+        Stored,
+        Transposed,
+        View,
+        Zeros,
+    )
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.named_slices import find_slice
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
@@ -122,6 +134,7 @@ __all__ = [
     "Risk",
     "RowReader",
     "Rule",
+    "Scaled",
     "Severity",
     "Skipped",
     "Slice",
@@ -150,6 +163,7 @@ __all__ = [
     "VisionResult",
     "Zeros",
     "convert",
+    "convert_adapter",
     "dequantize",
     "diff",
     "edit",
@@ -165,6 +179,7 @@ __all__ = [
     "parse_options",
     "parse_validation",
     "plan",
+    "plan_adapter",
     "quantize",
     "read_gguf",
     "read_imatrix",
@@ -232,6 +247,7 @@ _HOMES = {
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
+    "Scaled": "formats.rows",
     "Severity": "inspection.lint",
     "Skipped": "inspection.statistics",
     "Slice": "gemma3n.slices",
@@ -260,6 +276,7 @@ _HOMES = {
     "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
     "convert": "conversion",
+    "convert_adapter": "adapter_file",
     "dequantize": "quants.api",
     "diff": "inspection.diff",
     "edit": "inspection.edit",
@@ -275,6 +292,7 @@ _HOMES = {
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
+    "plan_adapter": "adapter_file",
     "quantize": "quants.api",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",

@@ -31,6 +31,7 @@ from gguf3n.formats.rows import (
     Repeated,
     RowReader,
     Rows,
+    Scaled,
     SourceTensor,
     Stored,
     Transposed,
@@ -292,6 +293,12 @@ def low_rank_of_a_length(directory: Path) -> Made:
 
 
 @form
+def scaled(directory: Path) -> Made:
+    base, values = store(directory, "F32")
+    return Scaled(base, np.sqrt(5)), (np.float64(values) * np.sqrt(5)).astype(np.float32)
+
+
+@form
 def low_rank_of_low_rank(directory: Path) -> Made:
     (directory / "more").mkdir()
     inner = low_rank(*store(directory, "F32"), directory, "BF16", 0.5)
@@ -345,6 +352,8 @@ def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
         merged,
         replace(merged, scale=2.0),
         replace(merged, a=replace(a, offset=9)),
+        Scaled(stored, 2.0),
+        Scaled(stored, 3.0),
         View(merged, range(4), (range(64),)),
         replace(merged, base=View(stored, range(40), (range(64),))),
         Padded(stored, 65),
@@ -365,6 +374,8 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert [rows.origin for rows in (stored, view)] == [where, where]
     assert merged.origin == f"{where} with {tmp_path / 'F16-1'}: tensor 'F16.weight'"
     assert [rows.dtypes for rows in (stored, Zeros(9, 9), view, merged)] == [{"BF16"}, set(), {"BF16"}, {"F32"}]
+    scaled = Scaled(view, 2.0)
+    assert (scaled.stored_bytes, scaled.origin, scaled.dtypes) == (10 * 128, where, {"F32"})
     padded = Padded(view, 9)
     assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
     quantized, _ = store(tmp_path, "Q4_0")
@@ -466,7 +477,13 @@ def test_what_is_not_finite_is_told_by_every_form(dtype: str, value: float, tmp_
     (tmp_path / "a").write_bytes(np.ones((1, 32), np.float32).tobytes())
     stored, factor = Stored("x", dtype, (6, 32), tmp_path / "x", 0), Stored("a", "F32", (1, 32), tmp_path / "a", 0)
     column = Stored("b", "F32", (6, 1), tmp_path / "a", 0)
-    for rows in (stored, View(stored, range(6), (range(32),)), LowRank(stored, factor, column, 1.0)):
+    forms = (
+        stored,
+        View(stored, range(6), (range(32),)),
+        LowRank(stored, factor, column, 1.0),
+        Scaled(stored, 0.5),
+    )
+    for rows in forms:
         assert np.isfinite(reader.fill(rows, 0, np.empty((3, 32), np.float32)))
         assert not np.isfinite(reader.fill(rows, 2, np.empty((2, 32), np.float32)))
     without = View(stored, range(6), (range(7), range(8, 32)))
