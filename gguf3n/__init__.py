@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gguf3n.adapter_file import convert_adapter, plan_adapter
     from gguf3n.conversion import (
         Conversion,
         ConversionOptions,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         OfLength,
         Padded,
         RowReader,
+        Scaled,
         SideBySide,
         SourceTensor,
         Stored,
@@ -133,6 +135,7 @@ __all__ = [
     "Risk",
     "RowReader",
     "Rule",
+    "Scaled",
     "Severity",
     "SideBySide",
     "Skipped",
@@ -162,6 +165,7 @@ __all__ = [
     "VisionResult",
     "Zeros",
     "convert",
+    "convert_adapter",
     "dequantize",
     "diff",
     "edit",
@@ -177,6 +181,7 @@ __all__ = [
     "parse_options",
     "parse_validation",
     "plan",
+    "plan_adapter",
     "quantize",
     "read_gguf",
     "read_imatrix",
@@ -244,6 +249,7 @@ _HOMES = {
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
+    "Scaled": "formats.rows",
     "Severity": "inspection.lint",
     "SideBySide": "formats.rows",
     "Skipped": "inspection.statistics",
@@ -273,6 +279,7 @@ _HOMES = {
     "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
     "convert": "conversion",
+    "convert_adapter": "adapter_file",
     "dequantize": "quants.api",
     "diff": "inspection.diff",
     "edit": "inspection.edit",
@@ -288,6 +295,7 @@ _HOMES = {
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
+    "plan_adapter": "adapter_file",
     "quantize": "quants.api",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",

@@ -19,8 +19,9 @@ from gguf3n.gemma3n.merging import merge
 from gguf3n.gemma3n.named_slices import find_slice
 from gguf3n.gemma3n.slice_keys import NAME, SKIPPED, WIDTHS, slice_in
 from gguf3n.gemma3n.slices import Slice, SlicedCheckpoint, take_slice
-from gguf3n.gemma3n.source import Checkpoint
+from gguf3n.gemma3n.source import Checkpoint, open_checkpoint
 from gguf3n.inspection.edit import edit
+from gguf3n.validation.result import Stage
 from tests import micro
 from tests.gemma3n import trained
 from tests.test_cli import Result, in_process
@@ -33,27 +34,31 @@ TEXT = "base_model.model.model.language_model."
 TOKENS = [2, *np.random.default_rng(1).integers(494, 1020, 12).tolist()]
 
 
-def adapter(directory: Path) -> Path:
-    """Of matrices that a slice leaves out, renumbers, and cuts in rows, in columns and in groups."""
+MODULES = (
+    "layers.2.mlp.gate_proj", "layers.4.mlp.up_proj", "layers.12.mlp.down_proj", "layers.22.self_attn.q_proj",
+    "layers.26.mlp.down_proj", "layers.30.self_attn.o_proj", "per_layer_model_projection",
+)  # fmt: skip
+"""Matrices that a slice leaves out, renumbers, and cuts in rows, in columns and in groups."""
+
+
+def adapter(directory: Path, base: Path, size: float = 1.0) -> Path:
+    """LoRA, DoRA and a table's."""
     rng = np.random.default_rng(5)
-    shapes = {
-        "layers.2.mlp.gate_proj": (64, 64),
-        "layers.4.mlp.up_proj": (64, 64),
-        "layers.12.mlp.down_proj": (64, 64),
-        "layers.22.self_attn.q_proj": (64, 64),
-        "layers.30.self_attn.o_proj": (64, 64),
-        "per_layer_model_projection": (35 * 32, 64),
-    }
+
+    def random(*shape: int) -> np.ndarray:
+        return size * rng.standard_normal(shape, np.float32)
+
+    tensors = open_checkpoint(base).tensors
     arrays = {}
-    for name, (n_outputs, n_inputs) in shapes.items():
-        arrays[f"{TEXT}{name}.lora_A.weight"] = rng.standard_normal((2, n_inputs), np.float32)
-        arrays[f"{TEXT}{name}.lora_B.weight"] = rng.standard_normal((n_outputs, 2), np.float32)
-    arrays[f"{TEXT}layers.26.mlp.down_proj.lora_magnitude_vector"] = rng.random(64, np.float32) + 1
-    for piece, shape in (("A", (2, 64)), ("B", (64, 2))):
-        arrays[f"{TEXT}layers.26.mlp.down_proj.lora_{piece}.weight"] = rng.standard_normal(shape, np.float32)
-    table = f"{TEXT}embed_tokens_per_layer"
-    arrays[f"{table}.lora_embedding_A"] = rng.standard_normal((2, 1024), np.float32)
-    arrays[f"{table}.lora_embedding_B"] = rng.standard_normal((35 * 32, 2), np.float32)
+    for name in MODULES:
+        n_outputs, n_inputs = tensors[f"model.language_model.{name}.weight"].shape
+        arrays[f"{TEXT}{name}.lora_A.weight"] = random(2, n_inputs)
+        arrays[f"{TEXT}{name}.lora_B.weight"] = random(n_outputs, 2)
+        if name == "layers.26.mlp.down_proj":
+            arrays[f"{TEXT}{name}.lora_magnitude_vector"] = 1 + np.abs(random(n_outputs))
+    n_tokens, width = tensors["model.language_model.embed_tokens_per_layer.weight"].shape
+    arrays[f"{TEXT}embed_tokens_per_layer.lora_embedding_A"] = random(2, n_tokens)
+    arrays[f"{TEXT}embed_tokens_per_layer.lora_embedding_B"] = random(width, 2)
     directory.mkdir()
     micro.write_json(directory / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 1})
     micro.write_safetensors(directory / "adapter_model.safetensors", arrays)
@@ -67,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mine(base: Path) -> Path:
-    return adapter(base.parent / "mine")
+    return adapter(base.parent / "mine", base)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,34 @@ def test_the_reference_of_both(base: Path, mine: Path, merged: Path, tmp_path: P
     with Reference(made) as one, Reference(tmp_path / "copy") as two, Reference(taken(opened(base), "E2B")) as other:
         ours, theirs, others = (np.array(list(each.logprobs(TOKENS))) for each in (one, two, other))
     assert (ours == theirs).all() and (ours != others).any()
+
+
+def test_every_stage_and_lint_pass(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp says of the padded file what transformers says of base and adapter, sliced to its true widths."""
+    source = make_checkpoint(size="tiny-e4b")
+    both = opened(source, adapter(tmp_path / "mine", source, 0.05))
+    (written,) = gguf3n.convert(taken(both, "E2.98B-block"), "F32", tmp_path / "x.gguf")
+    found = gguf3n.validate(written.path, both, n_tokens=64, n_ctx=64, device="cpu")
+    assert found.verdict is gguf3n.Verdict.PASS
+    logits = found.stages[Stage.LOGITS]
+    assert isinstance(logits, gguf3n.LogitsResult) and logits.divergence.mean < 1e-5
+    assert not [each for each in gguf3n.lint(written.path).findings if each.check.severity is gguf3n.Severity.ERROR]
+
+
+def test_an_importance_matrix_of_base_and_adapter(
+    base: Path, mine: Path, merged: Path, tmp_path: Path, in_process: Command
+) -> None:
+    """What the merged checkpoint gives, and not what the base does."""
+    (tmp_path / "text").write_text("one two three four five six seven eight nine ten " * 9)
+    measured = []
+    for name, words in (("both", [base, "--adapter", mine]), ("merged", [merged]), ("base", [base])):
+        options = ["--text", "text", "--ctx", "16", "--chunks", "1", "--device", "cpu", "-o", f"{name}.gguf"]
+        found = in_process(tmp_path, "imatrix", *words, *options)
+        assert found.code == 0
+        assert (f"merged {mine}" in " ".join(found.stderr.split())) == (name == "both")
+        measured.append(gguf3n.read_imatrix(tmp_path / f"{name}.gguf").entries)
+    both, expected, others = ([entry.sums.tobytes() for entry in entries.values()] for entries in measured)
+    assert both == expected != others
 
 
 def test_a_copy_has_no_place_for_what_is_computed(base: Path, mine: Path, tmp_path: Path) -> None:

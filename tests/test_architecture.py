@@ -34,6 +34,7 @@ BELOW: dict[str, set[str]] = {
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
     "slicing": {"errors", "formats", "gemma3n", "planning", "progress", "recipes"},
     "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "slicing", "workers"},
+    "adapter_file": {"conversion", "errors", "gemma3n", "planning", "progress", "recipes"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
@@ -41,12 +42,12 @@ BELOW: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "slicing", "validation", "outside", "progress", "workers", "",
+        "adapter_file", "slicing", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "engines", "slicing", "validation",
+        "adapter_file", "engines", "slicing", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

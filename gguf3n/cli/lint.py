@@ -34,6 +34,10 @@ def lint(
         str | None,
         typer.Option(metavar="FILE", help="The mmproj file to be used with it: check both, and whether they fit."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Of an adapter: the text model to be used with it: check whether they fit."),
+    ] = None,
     github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub Actions.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -47,7 +51,8 @@ def lint(
     reports = []
     with progress_bar(quiet=quiet or not deep) as progress:
         beside = None if mmproj is None else open_gguf(_source(mmproj), strict=False)
-        reports.append(run_lint(_source(file), with_data=deep, progress=progress, beside=beside))
+        model = None if base is None else open_gguf(_source(base), strict=False)
+        reports.append(run_lint(_source(file), with_data=deep, progress=progress, beside=beside, base=model))
         if beside is not None:
             reports.append(run_lint(beside, with_data=deep, progress=progress))
     failed = [report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0) for report in reports]

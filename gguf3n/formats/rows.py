@@ -9,6 +9,7 @@
     LowRank    other rows with a low-rank product added: a model with an adapter
     SideBySide other rows, each with some of the columns: a matrix of which several files have a part
     OfLength   other rows, each made as long as a vector says: a model with an adapter that learned lengths apart
+    Scaled     other rows times a number: a factor of an adapter that has its scale in it
 
 A form is a value: it can be compared, is a key of a dictionary, and holds no data. A tensor of a source is a sequence
 of forms, one below the other. To add a form is to write one class with the members of `Rows`, and its test.
@@ -456,6 +457,45 @@ class SideBySide:
             out[:, start : start + part.n_per_row] = columns
             start += part.n_per_row
         return float(np.max(largest))  # NaN where one is
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Other rows times a number.
+
+    Exact: multiplied in float64 and rounded to float32 once.
+    """
+
+    base: Rows
+    scale: float
+
+    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
+
+    @property
+    def n_rows(self) -> int:
+        return self.base.n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.base.stored_bytes
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.base.stored
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        reader.fill(self.base, first, out)
+        with np.errstate(all="ignore"):  # what is not finite, or becomes too large
+            out[:] = out * np.float64(self.scale)
+        return largest_magnitude(out)
 
 
 def cut(rows: Rows, part: range) -> Rows:

@@ -102,6 +102,7 @@ class Adapter:
 
     Args:
         origin: as the user named it.
+        path: its directory.
         name: for new file names.
         trained_on: what it says that its base was called.
         pieces: of each weight, by the name that it has without the prefix of a layout.
@@ -110,6 +111,7 @@ class Adapter:
     """
 
     origin: str
+    path: Path
     name: str
     trained_on: str | None
     pieces: Mapping[str, Mapping[Piece, Stored]]
@@ -121,14 +123,27 @@ class Adapter:
     """Numbers of trained tokens, by how the paths of their embedding end."""
     notices: tuple[str, ...] = ()
 
-    def scale(self, weight: str, rank: int) -> float:
-        """What a product counts. Source: LoraLayer.update_layer, get_pattern_key in peft."""
+    def alpha_of(self, weight: str) -> float:
+        """A weight's own alpha. Source: get_pattern_key in peft."""
         alphas = (alpha for pattern, alpha in self.alpha_pattern if pattern.match(self.paths[weight]))
-        return next(alphas, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return next(alphas, self.alpha)
+
+    def scale(self, weight: str, rank: int) -> float:
+        """What a product counts. Source: LoraLayer.update_layer in peft."""
+        return self.alpha_of(weight) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def tokens_of(self, weight: str) -> tuple[int, ...] | None:
         """Numbers of the trained tokens of an embedding; None where the configuration has none for it."""
         return next((ids for end, ids in self.tokens.items() if self.paths[weight].endswith(end)), None)
+
+    def error(
+        self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
+    ) -> MappingError:
+        """One that names the adapter, and what it was trained on."""
+        if self.trained_on is not None:
+            found = f"{found}; " if found else ""
+            found += f"trained on {self.trained_on}"
+        return MappingError(f"{self.origin}: {what}", expected=expected, found=found, fix=fix)
 
 
 def read_adapter(given: str | Path, *, show_progress: bool = False) -> Adapter:
@@ -151,6 +166,7 @@ def read_adapter(given: str | Path, *, show_progress: bool = False) -> Adapter:
     trained_on = raw.get("base_model_name_or_path")
     return Adapter(
         origin=str(given),
+        path=path,
         name=str(given).rpartition("/")[2] if is_on_hub else os.path.basename(os.path.abspath(path)),
         trained_on=trained_on if isinstance(trained_on, str) and trained_on else None,
         pieces=pieces,

@@ -37,6 +37,9 @@ TABLES = (EMBEDDING, "embed_tokens_per_layer.weight")
 """What has a row for each token."""
 KEYS_AND_VALUES = re.compile(r"layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight")
 
+IDLE = "keys and values of KV-shared layers, which nothing reads"
+"""Why they are left out."""
+
 QUANTIZED_BASE = re.compile(r"(?i)(-unsloth)?-bnb-4bit$")
 """How Unsloth calls the copies of a base that it trains on; without it, the name of the base in 16 bits."""
 
@@ -64,6 +67,28 @@ def check_given(adapters: Sequence[str | Path], scale: float) -> None:
             raise UsageError(
                 f"{adapter}: the same adapter twice", fix="name it once; --adapter-scale 2 adds twice as much of it"
             )
+
+
+def output_error(adapter: Adapter) -> MappingError:
+    """Why an output matrix of its own is refused."""
+    return adapter.error(
+        f"{adapter.paths[OUTPUT]} is changed apart from the embedding table",
+        expected="one table for both, as in every Gemma 3n and in the files that are written",
+        fix="train without lm_head among target_modules and modules_to_save",
+    )
+
+
+def check_kind(adapter: Adapter, weight: str, pieces: Mapping[Piece, Stored]) -> str:
+    """Which of KINDS an adapter has of a weight. Raises: MappingError."""
+    kind = KINDS.get(frozenset(pieces))
+    if kind is None:
+        raise adapter.error(
+            f"{adapter.paths[weight]} can't be merged",
+            expected="; ".join(_spelled()),
+            found=" and ".join(sorted(piece.value for piece in pieces)),
+            fix=MERGE_IT,
+        )
+    return kind
 
 
 def merge(source: Source, adapters: Sequence[Adapter], scale: float = 1.0) -> Source:
@@ -131,19 +156,15 @@ class _Merge:
         """Why a weight is left out; None where it is to be changed. Raises: MappingError for one of another model."""
         match = KEYS_AND_VALUES.fullmatch(weight)
         if match and int(match[1]) >= self.n_kv_layers:
-            return "keys and values of KV-shared layers, which nothing reads"
+            return IDLE
         if weight == OUTPUT:
-            raise self.error(
-                f"{self.adapter.paths[weight]} is changed apart from the embedding table",
-                expected="one table for both, as in every Gemma 3n and in the files that are written",
-                fix="train without lm_head among target_modules and modules_to_save",
-            )
+            raise output_error(self.adapter)
         if weight in self.names:
             return None
         for names, what in ((AUDIO_NAMES, "audio"), (VISION_NAMES, "vision")):
             if weight.startswith(names) and not any(name.startswith(names) for name in self.names):
                 return f"{what}, which {self.source.origin} does not have"
-        raise self.error(
+        raise self.adapter.error(
             f"{self.adapter.paths[weight]} is no module of {self.source.origin}",
             expected="the weights of this Gemma 3n",
             fix="give the base that it was trained on",
@@ -154,7 +175,7 @@ class _Merge:
         whole = pieces.get(Piece.WHOLE, pieces.get(Piece.BASE))
         if whole is None or weight not in self.names or whole.n_rows == self.base(weight).shape[0]:
             return
-        raise self.error(
+        raise self.adapter.error(
             "the vocabulary was changed before the training",
             expected=f"{self.base(weight).shape[0]:,} tokens, as in {self.source.origin}",
             found=f"{whole.n_rows:,} rows of {whole.name}",
@@ -167,11 +188,8 @@ class _Merge:
     def changed(self, weight: str, pieces: Mapping[Piece, Stored]) -> SourceTensor:
         """A weight as the adapter makes it. Raises: MappingError."""
         base = self.base(weight)
-        kind = KINDS.get(frozenset(pieces))
+        kind = check_kind(self.adapter, weight, pieces)
         path = self.adapter.paths[weight]
-        if kind is None:
-            found = " and ".join(sorted(piece.value for piece in pieces))
-            raise self.error(f"{path} can't be merged", expected="; ".join(_spelled()), found=found, fix=MERGE_IT)
         if self.scale != 1 and kind not in ONLY_ADDED:
             raise UsageError(
                 f"{self.adapter.origin}: --adapter-scale for weights that are replaced, not added to",
@@ -184,7 +202,9 @@ class _Merge:
             self.check(whole, base.shape)
             return replace(base, rows=(whole,))
         if len(base.shape) != 2:
-            raise self.error(f"{path} is no matrix", expected="a layer or an embedding", found=str(list(base.shape)))
+            raise self.adapter.error(
+                f"{path} is no matrix", expected="a layer or an embedding", found=str(list(base.shape))
+            )
         if kind == "trained tokens":
             return self.with_tokens(weight, base, pieces[Piece.TOKENS])
         n_outputs, n_inputs = base.shape
@@ -212,7 +232,7 @@ class _Merge:
     def check(self, tensor: Stored, shape: tuple[int, ...]) -> None:
         """Raises: MappingError for another shape."""
         if tensor.shape != shape:
-            raise self.error(
+            raise self.adapter.error(
                 f"{tensor.name} has the wrong shape for {self.source.origin}",
                 expected=str(list(shape)),
                 found=str(list(tensor.shape)),
@@ -223,7 +243,7 @@ class _Merge:
         """An embedding with other rows for some tokens."""
         ids = self.adapter.tokens_of(weight)
         if ids is None or max(ids, default=0) >= base.shape[0]:
-            raise self.error(
+            raise self.adapter.error(
                 f"which rows of {self.adapter.paths[weight]} were trained is not said",
                 expected=f"trainable_token_indices in adapter_config.json, below {base.shape[0]:,}",
                 found="none" if ids is None else f"{max(ids):,}",
@@ -239,14 +259,6 @@ class _Merge:
                 first = token + 1
             table.append(_cut(form, part, first, part.stop))
         return replace(base, rows=tuple(each for each in table if each.n_rows))
-
-    def error(
-        self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
-    ) -> MappingError:
-        if self.adapter.trained_on is not None:
-            found = f"{found}; " if found else ""
-            found += f"trained on {self.adapter.trained_on}"
-        return MappingError(f"{self.adapter.origin}: {what}", expected=expected, found=found, fix=fix)
 
     def notices(self, merged: Mapping[str, SourceTensor]) -> list[str]:
         """What a user should know of it."""

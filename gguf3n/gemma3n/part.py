@@ -21,6 +21,7 @@ from gguf3n.formats.rows import SourceTensor
 from gguf3n.gemma3n import mmproj, text
 from gguf3n.gemma3n.encoders import read_encoders
 from gguf3n.gemma3n.end_of_image import with_end_of_image
+from gguf3n.gemma3n.lora import check_no_adapter
 from gguf3n.gemma3n.mapping import MappedTensor, Rule, in_channels, map_tensors
 from gguf3n.gemma3n.metadata import REPLACED_KEYS, general_keys, tokenizer_keys
 from gguf3n.gemma3n.slice_keys import slice_keys
@@ -40,6 +41,7 @@ class PartKind(enum.Enum):
 
     TEXT = "{name}-{quant}.gguf"
     MMPROJ = "mmproj-{name}-{quant}.gguf"
+    LORA = "{name}-{quant}-LoRA.gguf"
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def check_kind(source: GGUFSource, kind: PartKind) -> None:
     """Refuse a file of another kind. Raises: SourceError."""
     wanted = {PartKind.TEXT: text.ARCH, PartKind.MMPROJ: mmproj.ARCH}[kind]
     found = _architecture(source)
+    check_no_adapter(source.gguf)
     if found == wanted:
         return
     if {found, wanted} == {text.ARCH, mmproj.ARCH}:

@@ -19,6 +19,7 @@ from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
+from gguf3n.gemma3n.lora import check_no_adapter
 from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, mmproj_part, text_part
 from gguf3n.gemma3n.slice_keys import as_in_file
 from gguf3n.gemma3n.source import Checkpoint, Source
@@ -149,12 +150,14 @@ def validate(
 def part_for(candidate: Candidate, source: Source) -> Part:
     """What a file should be: its source's text model, the slice of it, or those encoders that the file says it has.
 
-    Raises: SourceError or a class below it; GGUFError for a source.
+    Raises: SourceError or a class below it, also for an adapter; GGUFError for a source.
     """
     try:
         keys = candidate.gguf.keys
     except GGUFError:  # the stages say what is wrong with it
         return text_part(source, beside=ENCODERS)
+
+    check_no_adapter(candidate.gguf)
 
     def says(name: str) -> bool:
         return name in keys and keys[name].value is True

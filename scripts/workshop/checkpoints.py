@@ -91,24 +91,33 @@ def expand(pattern: str) -> Iterator[str]:
             yield f"{head}{i}{tail}"
 
 
-SMALL: dict[str, tuple[int, int]] = {"tiny": (22, 2), "tiny-e4b": (35, 15)}
-"""Layers of the small models, and how many of them share keys and values."""
+@dataclass(frozen=True)
+class Small:
+    """A model of few weights: its layers, how many of them share keys and values, and how wide it is."""
+
+    n_layers: int
+    n_kv_shared: int
+    times: int = 1
+
+
+SMALL = {"tiny": Small(22, 2), "tiny-e4b": Small(35, 15), "mid-e4b": Small(35, 15, times=6)}
+"""The last is for measurements: 1.5 GB."""
 
 
 def tiny_config(size: str = "tiny") -> dict[str, Any]:
     """E2B's config.json with every size that is free made small."""
     config: dict[str, Any] = json.loads((CONFIGS / "gemma-3n-e2b.json").read_text("utf-8"))
-    (n_layers, n_kv_shared), n_pieces, n_soft = SMALL[size], 1024, 32
+    n_layers, times, n_pieces, n_soft = SMALL[size].n_layers, SMALL[size].times, 1024, 32
     sliding = [(i + 1) % 5 != 0 for i in range(n_layers - 1)] + [False]
     config["text_config"] |= {
         "vocab_size": n_pieces + 2 * n_soft,
         "vocab_size_per_layer_input": n_pieces,
-        "hidden_size": 256,
-        "intermediate_size": [512] * n_layers,
+        "hidden_size": 256 * times,
+        "intermediate_size": [512 * times] * n_layers,
         "num_hidden_layers": n_layers,
-        "num_kv_shared_layers": n_kv_shared,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_kv_shared_layers": SMALL[size].n_kv_shared,
+        "num_attention_heads": 4 * times,
+        "num_key_value_heads": 2 * times,
         "head_dim": 64,
         "max_position_embeddings": 4096,
         "sliding_window": 32,

@@ -31,6 +31,7 @@ from gguf3n.formats.rows import (
     Repeated,
     RowReader,
     Rows,
+    Scaled,
     SideBySide,
     SourceTensor,
     Stored,
@@ -293,6 +294,12 @@ def low_rank_of_a_length(directory: Path) -> Made:
 
 
 @form
+def scaled(directory: Path) -> Made:
+    base, values = store(directory, "F32")
+    return Scaled(base, np.sqrt(5)), (np.float64(values) * np.sqrt(5)).astype(np.float32)
+
+
+@form
 def low_rank_of_low_rank(directory: Path) -> Made:
     (directory / "more").mkdir()
     inner = low_rank(*store(directory, "F32"), directory, "BF16", 0.5)
@@ -361,6 +368,8 @@ def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
         merged,
         replace(merged, scale=2.0),
         replace(merged, a=replace(a, offset=9)),
+        Scaled(stored, 2.0),
+        Scaled(stored, 3.0),
         View(merged, range(4), (range(64),)),
         replace(merged, base=View(stored, range(40), (range(64),))),
         SideBySide((stored,)),
@@ -389,6 +398,8 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert (beside.origin, beside.n_rows, beside.n_per_row) == (b.origin, 40, 3 + 64 + 2)
     assert [rows.stored for rows in (stored, Zeros(9, 9), view)] == [(stored,), (), (stored,)]
     assert (merged.stored, beside.stored) == ((stored, a, b), (b, stored))
+    scaled = Scaled(view, 2.0)
+    assert (scaled.stored_bytes, scaled.origin, scaled.dtypes) == (10 * 128, where, {"F32"})
     padded = Padded(view, 9)
     assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
     quantized, _ = store(tmp_path, "Q4_0")
@@ -490,12 +501,14 @@ def test_what_is_not_finite_is_told_by_every_form(dtype: str, value: float, tmp_
     (tmp_path / "a").write_bytes(np.ones((1, 32), np.float32).tobytes())
     stored, factor = Stored("x", dtype, (6, 32), tmp_path / "x", 0), Stored("a", "F32", (1, 32), tmp_path / "a", 0)
     column = Stored("b", "F32", (6, 1), tmp_path / "a", 0)
-    for rows in (
+    forms = (
         stored,
         View(stored, range(6), (range(32),)),
         LowRank(stored, factor, column, 1.0),
         SideBySide((stored, Zeros(6, 2))),
-    ):
+        Scaled(stored, 0.5),
+    )
+    for rows in forms:
         assert np.isfinite(reader.fill(rows, 0, np.empty((3, rows.n_per_row), np.float32)))
         assert not np.isfinite(reader.fill(rows, 2, np.empty((2, rows.n_per_row), np.float32)))
     without = View(stored, range(6), (range(7), range(8, 32)))

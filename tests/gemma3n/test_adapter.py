@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import gguf3n
 from gguf3n import cli
 from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, MappingError, SourceError, UsageError
 from gguf3n.formats.rows import LowRank, Stored
-from gguf3n.gemma3n.adapter import read_adapter
+from gguf3n.gemma3n.adapter import REFUSED as NO_SUMS
+from gguf3n.gemma3n.adapter import ROOT, read_adapter
 from gguf3n.gemma3n.merging import merge
 from gguf3n.gemma3n.source import Checkpoint, open_checkpoint
 from tests import micro
@@ -292,6 +294,38 @@ def test_what_is_refused(name: str, base: Path, tmp_path: Path) -> None:
     assert type(caught.value) is error
     assert str(adapter) in caught.value.what or (name == "adapters inside" and "x" in caught.value.what)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", NO_SUMS)
+def test_every_setting_that_is_more_than_a_sum(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(NO_SUMS[key])) as caught:
+        read_adapter(make(tmp_path / "x", lora(), **{key: {"a": 1}}))
+    assert key in (caught.value.found or "") and "merge_and_unload" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "lora_ga"])
+def test_every_beginning_that_changed_the_base(start: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="changed the base before the training"):
+        read_adapter(make(tmp_path / "x", lora(), init_lora_weights=start))
+
+
+def test_a_convolution(base: Path, tmp_path: Path) -> None:
+    """As of a vision tower: a product of convolutions is none of matrices."""
+    name = "model.vision_tower.timm_model.conv_stem.conv"
+    raw = micro.config()
+    arrays = micro.tensors(raw) | {f"{name}.weight": np.zeros((8, 3, 3, 3), np.uint16)}
+    source = micro.make(tmp_path / "seeing", raw=raw, arrays=arrays)
+    factors = {f"{ROOT}{name}.lora_A.weight": zeros(2, 3, 3, 3), f"{ROOT}{name}.lora_B.weight": zeros(8, 2, 1, 1)}
+    with pytest.raises(MappingError, match=r"conv_stem\.conv is no matrix"):
+        merged(source, make(tmp_path / "x", factors))
+
+
+def test_the_same_adapter_twice(base: Path, tmp_path: Path) -> None:
+    adapter = make(tmp_path / "x", lora())
+    (tmp_path / "link").symlink_to(adapter)
+    for again in (adapter, tmp_path / "link", f"{tmp_path}/./x/"):
+        with pytest.raises(UsageError, match="the same adapter twice"):
+            gguf3n.read_source(base, adapters=[adapter, make(tmp_path / "y", lora()), again])
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])

@@ -49,12 +49,12 @@ def values(tensor: SourceTensor) -> NDArray[np.float32]:
     return np.concatenate(parts).reshape(tensor.shape)
 
 
-def write_merged(source: Checkpoint, directory: Path) -> Path:
-    """A checkpoint with the same values in float32, in a file of its own."""
+def write_merged(source: Checkpoint, directory: Path, others: Mapping[str, NDArray[Any]] | None = None) -> Path:
+    """A checkpoint with the same values in float32, but for `others`, in a file of its own."""
     shutil.copytree(source.path, directory, ignore=lambda *_: ["model.safetensors"])
-    micro.write_safetensors(
-        directory / "model.safetensors", {name: values(tensor) for name, tensor in source.tensors.items()}
-    )
+    changed = {name: np.asarray(array, np.float32) for name, array in (others or {}).items() if name in source.tensors}
+    arrays = {name: changed[name] if name in changed else values(tensor) for name, tensor in source.tensors.items()}
+    micro.write_safetensors(directory / "model.safetensors", arrays)
     return directory
 
 

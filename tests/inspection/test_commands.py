@@ -58,7 +58,7 @@ def test_inspect_layers_show_a_recipe(run: Run, copy: Path) -> None:
 
 INSPECT_KEYS = {
     "schema", "path", "parts", "version", "byte_order", "alignment", "file_bytes", "header_bytes", "architecture",
-    "encoders", "n_weights", "bits_per_weight", "types", "keys", "tensors", "layers", "chat_template",
+    "encoders", "adapter", "n_weights", "bits_per_weight", "types", "keys", "tensors", "layers", "chat_template",
 }  # fmt: skip
 
 
