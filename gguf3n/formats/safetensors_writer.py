@@ -117,14 +117,19 @@ def _write(directory: Path, shards: Sequence[Shard], files: Mapping[str, bytes],
             file.commit()
 
 
-def _data(shard: Shard, reader: RowReader) -> Iterator[bytes]:
+def _data(shard: Shard, reader: RowReader) -> Iterator[memoryview]:
+    """Its tensors, in pieces that are good until the next."""
     for tensor in shard.tensors:
         for rows in tensor.rows:
             for chunk in chunks(rows, CHUNK_WEIGHTS):
                 raw = reader.read_raw(rows, chunk.first, chunk.n_rows)
                 if raw is None:
-                    raise UsageError(f"{tensor.origin}: can't be copied", expected="a tensor that is stored in a file")
-                yield raw.tobytes()
+                    raise UsageError(
+                        f"{tensor.origin}: can't be copied",
+                        expected="a tensor that is stored in a file",
+                        fix="convert it to GGUF, where what is computed has a place",
+                    )
+                yield raw.data
 
 
 def _shards(tensors: Sequence[SourceTensor], max_bytes: int) -> list[Shard]:
