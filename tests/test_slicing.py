@@ -253,8 +253,10 @@ def test_slices_lists_them(tmp_path: Path, in_process: Command) -> None:
     assert plain.code == as_json.code == 0
     assert [line.split()[0] for line in plain.stdout.splitlines()[1:17]] == [named.name for named in NAMED_SLICES]
     assert all(len(line) <= 80 for line in plain.stdout.splitlines())
-    assert [entry["mmlu"] for entry in as_json.json] == [named.mmlu for named in NAMED_SLICES]
-    assert as_json.json[-1]["bytes"] == as_json.json[-1]["padded_bytes"]
+    entries = as_json.json["slices"]
+    assert (as_json.json["schema"], as_json.json["quant"]) == ("gguf3n.slices/1", "Q4_K_M")
+    assert [entry["mmlu"] for entry in entries] == [named.mmlu for named in NAMED_SLICES]
+    assert entries[-1]["bytes"] == entries[-1]["padded_bytes"]
     assert in_process(tmp_path, "slices", "-q", "Q9").code == 2
 
 
