@@ -321,6 +321,39 @@ def test_options_that_make_no_sense(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("skip = [20, 18]\nwidths = 32", "layer 18 can't be skipped"),
+        ("skip = [19]\nwidths = 32", "layer 19 can't be skipped"),
+        ("skip = [35]\nwidths = 32", "no layer 35 to skip"),
+        ("widths = [32, 64]", "2 widths for 35 layers"),
+        ("widths = 65", "layer 0 has no part of width 65"),
+        ("widths = 8192\nwidth = 3", "unknown key 'width'"),
+    ],
+)
+def test_files_that_do_not_fit_the_model(
+    text: str, what: str, small: Path, tmp_path: Path, in_process: Command
+) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    for command in (
+        ("convert", small, "-q", "Q8_0", "--slice", "mine.toml"),
+        ("slice", small, "mine.toml", "-o", "out"),
+    ):
+        found = in_process(tmp_path, *command)
+        assert found.code == 2 and len(found.errors) == 1 and what in found.errors[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_another_model_has_none_of_the_named_slices(tiny_checkpoint: Path, tmp_path: Path, in_process: Command) -> None:
+    for options in (["--slice", "E2B"], ["--slice", "auto", "--size", "4GB"]):
+        found = in_process(tmp_path, "convert", tiny_checkpoint, "-q", "Q8_0", *options)
+        assert found.code == 2 and "a slice of E4B, not of this model" in found.errors[0]
+    close = in_process(tmp_path, "slice", tiny_checkpoint, "E2.98B-blok", "-o", "out")
+    assert close.code == 2 and "did you mean E2.98B-block" in close.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_slice_is_of_the_text_model(small: Path, tmp_path: Path, in_process: Command) -> None:
     found = in_process(tmp_path, "convert", small, "--mmproj", "F16", "--slice", "E2B")
     assert found.code == 2 and "--slice is for the text model" in found.errors[0]

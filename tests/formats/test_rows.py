@@ -365,13 +365,16 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert [rows.origin for rows in (stored, view)] == [where, where]
     assert merged.origin == f"{where} with {tmp_path / 'F16-1'}: tensor 'F16.weight'"
     assert [rows.dtypes for rows in (stored, Zeros(9, 9), view, merged)] == [{"BF16"}, set(), {"BF16"}, {"F32"}]
-    padded = Padded(view, 9)
+    padded, turned, long = Padded(view, 9), Transposed(a), OfLength(merged, b)
     assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
+    assert [rows.stored for rows in (stored, view, padded, Repeated(view, 3, 9))] == [(stored,)] * 4
+    assert (Zeros(9, 9).stored, turned.stored) == ((), (a,))
+    assert (merged.stored, View(long, range(2), (range(9),)).stored) == ((stored, a, b), (stored, a, b, b))
     quantized, _ = store(tmp_path, "Q4_0")
     assert (quantized.row_bytes, quantized.stored_bytes) == (36, 40 * 36)
     assert (quantized.in_rows_of(32).row_bytes, quantized.in_rows_of(32).stored_bytes) == (18, 40 * 36)
     tensor = SourceTensor("x", (59, 64), (stored, Zeros(9, 64), view))
-    assert (tensor.dtypes, tensor.origin) == ({"BF16"}, where)
+    assert (tensor.dtypes, tensor.origin, tensor.stored) == ({"BF16"}, where, (stored, stored))
     assert stored_tensors([stored, a]) == {
         "BF16.weight": SourceTensor("BF16.weight", (40, 64), (stored,)),
         "F16.weight": SourceTensor("F16.weight", (3, 64), (a,)),
