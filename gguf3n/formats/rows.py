@@ -176,8 +176,41 @@ class Zeros:
         return 0.0
 
 
+class _Moved:
+    """What rows have in common with those whose values they have, in other places."""
+
+    base: Rows
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.base.stored
+
+
+class _Changed:
+    """What rows have in common with those that they are computed from, in the same places."""
+
+    base: Rows
+    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
+
+    @property
+    def n_rows(self) -> int:
+        return self.base.n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+
 @dataclass(frozen=True)
-class View:
+class View(_Moved):
     """Some rows and columns of other rows.
 
     Args:
@@ -198,20 +231,8 @@ class View:
         return sum(map(len, self.columns))
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes // max(self.base.n_rows, 1) * self.n_rows
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         if isinstance(self.base, Stored) and (raw := reader.read_raw(self, first, len(out))) is not None:
@@ -226,7 +247,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(_Moved):
     """Other rows, each with zeros after it. `n_per_row` counts both."""
 
     base: Rows
@@ -237,20 +258,8 @@ class Padded:
         return self.base.n_rows
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         narrow = np.empty((len(out), self.base.n_per_row), np.float32)
@@ -261,7 +270,7 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(_Moved):
     """One row of other rows, again and again."""
 
     base: Rows
@@ -273,20 +282,8 @@ class Repeated:
         return self.base.n_per_row
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes // max(self.base.n_rows, 1)
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         largest = reader.fill(self.base, self.row, out[:1])
@@ -295,7 +292,7 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(_Moved):
     """The columns of a matrix of plain floats, each as a row. Why: PEFT keeps an embedding's factors so."""
 
     base: Stored
@@ -309,20 +306,8 @@ class Transposed:
         return self.base.n_rows
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         values, strip = self.base.in_rows_of(1), np.empty((len(out), 1), np.float32)
@@ -333,7 +318,7 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Changed):
     """base + scale * (b @ a): what a LoRA adapter makes of a matrix.
 
     Shapes: base [n_rows, n_per_row], a [rank, n_per_row], b [n_rows, rank].
@@ -346,16 +331,6 @@ class LowRank:
     a: Rows
     b: Rows
     scale: float
-
-    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
-
-    @property
-    def n_rows(self) -> int:
-        return self.base.n_rows
-
-    @property
-    def n_per_row(self) -> int:
-        return self.base.n_per_row
 
     @property
     def stored_bytes(self) -> int:
@@ -377,7 +352,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class OfLength:
+class OfLength(_Changed):
     """Other rows, each multiplied so that its Euclidean length is the one that is given.
 
     Shapes: base [n_rows, n_per_row], lengths [n_rows].
@@ -387,16 +362,6 @@ class OfLength:
 
     base: Rows
     lengths: Stored
-
-    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
-
-    @property
-    def n_rows(self) -> int:
-        return self.base.n_rows
-
-    @property
-    def n_per_row(self) -> int:
-        return self.base.n_per_row
 
     @property
     def stored_bytes(self) -> int:
