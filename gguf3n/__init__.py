@@ -41,7 +41,18 @@ if TYPE_CHECKING:
     )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-    from gguf3n.formats.rows import LowRank, OfLength, Padded, RowReader, SourceTensor, Stored, Transposed, View, Zeros
+    from gguf3n.formats.rows import (
+        LowRank,
+        OfLength,
+        Padded,
+        RowReader,
+        SideBySide,
+        SourceTensor,
+        Stored,
+        Transposed,
+        View,
+        Zeros,
+    )
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.named_slices import find_slice
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
@@ -123,6 +134,7 @@ __all__ = [
     "RowReader",
     "Rule",
     "Severity",
+    "SideBySide",
     "Skipped",
     "Slice",
     "SlicedCheckpoint",
@@ -233,6 +245,7 @@ _HOMES = {
     "RowReader": "formats.rows",
     "Rule": "recipes",
     "Severity": "inspection.lint",
+    "SideBySide": "formats.rows",
     "Skipped": "inspection.statistics",
     "Slice": "gemma3n.slices",
     "SlicedCheckpoint": "gemma3n.slices",

@@ -65,9 +65,10 @@ def tensors(raw: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: object = None) -> None:
     """One safetensors file, tensors in the order given."""
-    header, offset = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
     for name, array in arrays.items():
         entry = {"dtype": DTYPES[array.dtype.name], "shape": list(array.shape)}
         header[name] = entry | {"data_offsets": [offset, offset + array.nbytes]}

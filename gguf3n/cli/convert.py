@@ -86,7 +86,9 @@ def _number(text: str, option: str, units: Mapping[str, float], expected: str) -
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, a training's folder, or a Hub id like google/gemma-3n-E4B-it.")
+    ],
     wanted: Writing,
     slicing: Slicing,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,

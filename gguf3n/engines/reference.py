@@ -247,7 +247,7 @@ def load_model(
 
 
 def _weights(source: Checkpoint, dtype: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
-    """What adapters and slices have made of the files' tensors, by the files' names."""
+    """The tensors of a source whose files transformers can't read, or that are others than its files have."""
     import torch
 
     weights = {}
@@ -263,6 +263,7 @@ def _weights(source: Checkpoint, dtype: Any, left_out: tuple[str, ...]) -> dict[
                     reader.fill(rows, chunk.first, values)
                     into[first : first + chunk.n_rows] = torch.from_numpy(values)
                     first += chunk.n_rows
+        reader.check_unchanged()
     return weights
 
 

@@ -28,23 +28,22 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import CheckpointError, Gguf3nError, HubError, OutputError
 from gguf3n.formats.checkpoint import (
-    FOREIGN_FILES,
     INDEX,
     MAX_HEADER_BYTES,
     SHARD,
     SINGLE,
     read_tensor_table,
     weight_map,
+    what_else,
 )
 from gguf3n.formats.remote import RemoteFile
-from gguf3n.formats.rows import Stored
+from gguf3n.formats.rows import SourceTensor
 from gguf3n.outside import inert, masked, one_line
 
 SMALL_FILES = (
@@ -213,7 +212,7 @@ def fetch_adapter(
     return directory
 
 
-def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, Stored]:
+def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint whose weights may still be on the Hub; only the headers are fetched.
 
     Exact: equal to `read_tensor_table` of the directory once the weights are there. Each shard is imitated by a file of
@@ -233,14 +232,10 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
         if SINGLE not in checkpoint.weights and (checkpoint.directory / INDEX).is_file():
             shutil.copyfile(checkpoint.directory / INDEX, Path(folder, INDEX))
         try:
-            table = read_tensor_table(Path(folder))
+            return read_tensor_table(Path(folder), kept_in=checkpoint.directory)
         except CheckpointError as error:
             what = error.what.replace(folder, checkpoint.repo_id)
             raise CheckpointError(what, expected=error.expected, found=error.found, fix=error.fix) from error
-    return {
-        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name, stamp=None)
-        for name, tensor in table.items()
-    }
 
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> list[str]:
@@ -446,10 +441,10 @@ def _weight_files(names: list[str]) -> list[str]:
 
 def _no_safetensors(repo_id: str, names: list[str]) -> HubError:
     expected = f"{SINGLE}, or shards with {INDEX}"
-    for pattern, what, fix in FOREIGN_FILES:
-        matches = [name for name in names if fnmatch(name, pattern)]
-        if matches:
-            return HubError(f"{repo_id}: {what}", expected=expected, found=_few(matches), fix=fix)
+    known = what_else(Path("DIR"), names)  # where they are once they are downloaded
+    if known is not None:
+        what, found, fix = known
+        return HubError(f"{repo_id}: {what}", expected=expected, found=_few(found), fix=fix)
     return HubError(
         f"{repo_id}: no safetensors checkpoint at the top of the repository",
         expected=expected,

@@ -7,6 +7,7 @@
     Repeated   one row of other rows, again and again
     Transposed the columns of a matrix in a file
     LowRank    other rows with a low-rank product added: a model with an adapter
+    SideBySide other rows, each with some of the columns: a matrix of which several files have a part
     OfLength   other rows, each made as long as a vector says: a model with an adapter that learned lengths apart
 
 A form is a value: it can be compared, is a key of a dictionary, and holds no data. A tensor of a source is a sequence
@@ -380,6 +381,46 @@ class OfLength(_Changed):
         lengths = np.empty((len(out), 1), np.float32)
         reader.fill(self.lengths.in_rows_of(1), first, lengths)
         return reader.arithmetic.set_lengths(out, lengths[:, 0])
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Other rows, as many of each, that have the columns from left to right."""
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return self.parts[0].n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        return sum(part.n_per_row for part in self.parts)
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return frozenset[str]().union(*(part.dtypes for part in self.parts))
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes for part in self.parts)
+
+    @property
+    def origin(self) -> str:
+        return self.parts[0].origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return tuple(stored for part in self.parts for stored in part.stored)
+
+    def fill(self, reader: RowReader, first: int, out: Values) -> float:
+        start, largest = 0, []
+        for part in self.parts:
+            columns = np.empty((len(out), part.n_per_row), np.float32)
+            largest.append(reader.fill(part, first, columns))
+            out[:, start : start + part.n_per_row] = columns
+            start += part.n_per_row
+        return float(np.max(largest))  # NaN where one is
 
 
 def cut(rows: Rows, part: range) -> Rows:

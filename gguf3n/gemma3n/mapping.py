@@ -200,7 +200,7 @@ MAX_GROWTH = 2
 """Rows of a padded tensor for each that the source has; the published sizes add 256 to 262,144. What config.json claims
 must not decide how large a file becomes."""
 
-TOGETHER = "check that config.json and the safetensors files belong together"
+TOGETHER = "check that config.json and the safetensors files belong together, and that all of them are there"
 
 
 def map_tensors(table: Table, source: Mapping[str, SourceTensor], origin: str) -> TensorMap:

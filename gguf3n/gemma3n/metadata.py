@@ -54,6 +54,7 @@ def general_keys(
     n_weights: int,
     kind: str = "model",
     *,
+    folder: str | None = None,
     changes: Sequence[str] = (),
 ) -> list[KeyValue]:
     """The general.* keys, from the model card, generation_config.json, config.json and the name.
@@ -63,6 +64,7 @@ def general_keys(
         arch: general.architecture.
         n_weights: of all tensors written, for the size label.
         kind: general.type.
+        folder: what the directory is called, where that is another name than its own.
         changes: what was made of the directory's model, which then is the base model: names of adapters and slices.
 
     Raises: ConfigError if the model card's front matter or generation_config.json can't be read.
@@ -78,11 +80,15 @@ def general_keys(
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
         _check_sampling(metadata, sampling, generation)
+        named = None
         if repo_id is not None:
             named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, Path(repo_id), n_weights)
-            for field in NAME_FIELDS:
-                setattr(metadata, field, getattr(named, field))
-        metadata.name = metadata.name or directory.name
+        elif folder is not None:
+            said = gguf.Metadata.load_model_card(directory), gguf.Metadata.load_hf_parameters(directory)
+            named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), *said, Path(folder), n_weights)
+        for field in NAME_FIELDS if named is not None else ():
+            setattr(metadata, field, getattr(named, field))
+        metadata.name = metadata.name or folder or directory.name
         if changes:
             _make_base(metadata, repo_id, changes)
         metadata.size_label = metadata.size_label or gguf.size_label(n_weights, 0, 0, 0)

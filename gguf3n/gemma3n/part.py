@@ -99,7 +99,9 @@ def _of_checkpoint(source: Checkpoint, beside: tuple[str, ...]) -> Part:
             "of KV-shared layers, which llama.cpp loads but never evaluates"
         )
     keys = (
-        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights, changes=source.changes),
+        *general_keys(
+            source.path, source.repo_id, text.ARCH, mapping.n_weights, folder=source.folder, changes=source.changes
+        ),
         *text.model_keys(config),
         *(slice_keys(source.slice) if isinstance(source, SlicedCheckpoint) else ()),
         *tokenizer_keys(vocabulary),
@@ -131,7 +133,13 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
     ]
     keys = (
         *general_keys(
-            source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND, changes=source.changes
+            source.path,
+            source.repo_id,
+            mmproj.ARCH,
+            mapping.n_weights,
+            mmproj.FILE_KIND,
+            folder=source.folder,
+            changes=source.changes,
         ),
         *mmproj.model_keys(encoders),
     )

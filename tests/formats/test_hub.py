@@ -44,7 +44,8 @@ for options in json.loads(sys.argv[1]):
         if table:
             result["table"] = [
                 (t.name, t.dtype, t.shape, t.file, t.offset, t.error)
-                for t in hub.fetch_tensor_table(fetched).values()
+                for tensor in hub.fetch_tensor_table(fetched).values()
+                for t in tensor.stored
             ]
     except Gguf3nError as error:
         result = error.as_dict() | {"text": str(error)}
@@ -485,7 +486,9 @@ class TestTensorTable:
         assert whole == [False] * len(complete["weights"]) + [True] * len(complete["weights"])
         local = read_tensor_table(Path(complete["directory"]))
         assert from_headers["table"] == [
-            [t.name, t.dtype, list(t.shape), str(t.file), t.offset, str(t.error)] for t in local.values()
+            [t.name, t.dtype, list(t.shape), str(t.file), t.offset, str(t.error)]
+            for tensor in local.values()
+            for t in tensor.stored
         ]
         assert client.offline().fetch(table=True)["table"] == from_headers["table"]
 

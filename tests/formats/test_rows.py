@@ -31,6 +31,7 @@ from gguf3n.formats.rows import (
     Repeated,
     RowReader,
     Rows,
+    SideBySide,
     SourceTensor,
     Stored,
     Transposed,
@@ -298,6 +299,21 @@ def low_rank_of_low_rank(directory: Path) -> Made:
     return low_rank(*inner, directory / "more", "F32", 0.25)
 
 
+@form
+def side_by_side(directory: Path) -> Made:
+    """Columns of several files, in several dtypes, one of them a view."""
+    left, left_values = store(directory, "BF16", (40, 32), seed=1)
+    right, right_values = store(directory, "F32", (40, 3), seed=2)
+    view, view_values = View(left, range(40), (range(2, 9),)), left_values[:, 2:9]
+    return SideBySide((left, right, view)), np.hstack([left_values, right_values, view_values])
+
+
+@form
+def side_by_side_in_one_row(directory: Path) -> Made:
+    parts = [store(directory, "F16", (n,), seed=n) for n in (1, 31, 7)]
+    return SideBySide(tuple(rows for rows, _ in parts)), np.hstack([values.reshape(1, -1) for _, values in parts])
+
+
 every_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
 
 
@@ -347,6 +363,9 @@ def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
         replace(merged, a=replace(a, offset=9)),
         View(merged, range(4), (range(64),)),
         replace(merged, base=View(stored, range(40), (range(64),))),
+        SideBySide((stored,)),
+        SideBySide((stored, Zeros(40, 64))),
+        SideBySide((Zeros(40, 64), stored)),
         Padded(stored, 65),
         Padded(stored, 66),
         Padded(view, 65),
@@ -365,10 +384,13 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert [rows.origin for rows in (stored, view)] == [where, where]
     assert merged.origin == f"{where} with {tmp_path / 'F16-1'}: tensor 'F16.weight'"
     assert [rows.dtypes for rows in (stored, Zeros(9, 9), view, merged)] == [{"BF16"}, set(), {"BF16"}, {"F32"}]
+    beside = SideBySide((b, stored, Zeros(40, 2)))
+    assert (beside.stored_bytes, beside.dtypes) == (40 * 12 + 40 * 128, {"F32", "BF16"})
+    assert (beside.origin, beside.n_rows, beside.n_per_row) == (b.origin, 40, 3 + 64 + 2)
     padded, turned, long = Padded(view, 9), Transposed(a), OfLength(merged, b)
     assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
     assert [rows.stored for rows in (stored, view, padded, Repeated(view, 3, 9))] == [(stored,)] * 4
-    assert (Zeros(9, 9).stored, turned.stored) == ((), (a,))
+    assert (Zeros(9, 9).stored, turned.stored, beside.stored) == ((), (a,), (b, stored))
     assert (merged.stored, View(long, range(2), (range(9),)).stored) == ((stored, a, b), (stored, a, b, b))
     quantized, _ = store(tmp_path, "Q4_0")
     assert (quantized.row_bytes, quantized.stored_bytes) == (36, 40 * 36)
@@ -469,9 +491,14 @@ def test_what_is_not_finite_is_told_by_every_form(dtype: str, value: float, tmp_
     (tmp_path / "a").write_bytes(np.ones((1, 32), np.float32).tobytes())
     stored, factor = Stored("x", dtype, (6, 32), tmp_path / "x", 0), Stored("a", "F32", (1, 32), tmp_path / "a", 0)
     column = Stored("b", "F32", (6, 1), tmp_path / "a", 0)
-    for rows in (stored, View(stored, range(6), (range(32),)), LowRank(stored, factor, column, 1.0)):
-        assert np.isfinite(reader.fill(rows, 0, np.empty((3, 32), np.float32)))
-        assert not np.isfinite(reader.fill(rows, 2, np.empty((2, 32), np.float32)))
+    for rows in (
+        stored,
+        View(stored, range(6), (range(32),)),
+        LowRank(stored, factor, column, 1.0),
+        SideBySide((stored, Zeros(6, 2))),
+    ):
+        assert np.isfinite(reader.fill(rows, 0, np.empty((3, rows.n_per_row), np.float32)))
+        assert not np.isfinite(reader.fill(rows, 2, np.empty((2, rows.n_per_row), np.float32)))
     without = View(stored, range(6), (range(7), range(8, 32)))
     assert reader.fill(without, 0, np.empty((6, 31), np.float32)) == 1
     spoiled = LowRank(Zeros(6, 32), factor, replace(column, file=tmp_path / "x", dtype=dtype, shape=(6, 1)), value)
@@ -490,7 +517,12 @@ def test_what_cannot_be_read_is_named(error: type[CheckpointError] | type[GGUFEr
         for missing, said in ((stored, "F32-0"), (replace(stored, file=tmp_path / "gone"), "gone")):
             if missing is stored:
                 (tmp_path / "F32-0").write_bytes(bytes(100))
-            for rows in (missing, View(missing, range(9, 40), (range(1),)), LowRank(missing, a, b, 1.0)):
+            for rows in (
+                missing,
+                View(missing, range(9, 40), (range(1),)),
+                LowRank(missing, a, b, 1.0),
+                SideBySide((Zeros(40, 1), missing)),
+            ):
                 with pytest.raises(error) as caught:
                     reader.fill(rows, 5, np.empty((10, rows.n_per_row), np.float32))
                 assert said in caught.value.what and "'F32.weight'" in caught.value.what

@@ -20,12 +20,11 @@ import pytest
 import gguf3n
 import gguf3n.cli
 from gguf3n.errors import CheckpointError, GGUFError, SourceError, UsageError
-from gguf3n.formats import checkpoint
+from gguf3n.formats import checkpoint, training_folder
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.formats.rows import SourceTensor, View, Zeros
-from gguf3n.gemma3n import source as sources
 from gguf3n.gemma3n.source import open_source
 from gguf3n.inspection import statistics
 from gguf3n.inspection.network import Kind, Section, kind, place, short_name
@@ -302,7 +301,7 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         (directory / "model.safetensors").write_bytes(b"")
         return table
 
-    monkeypatch.setattr(sources, "read_tensor_table", late)
+    monkeypatch.setattr(training_folder, "read_tensor_table", late)
     with pytest.raises(SourceError, match="became shorter") as raised:
         measure_statistics(directory)
     assert not isinstance(raised.value, CheckpointError) or raised.value.exit_code == 5
