@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from gguf3n.engines.reference import Reference
 from gguf3n.errors import CheckpointError, OutputError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType
 from gguf3n.formats.gguf_reader import GGUFKey
+from gguf3n.formats.rows import SideBySide, SourceTensor, View, cut
 from gguf3n.gemma3n.adapter import read_adapter
 from gguf3n.gemma3n.merging import merge
 from gguf3n.gemma3n.named_slices import find_slice
@@ -119,6 +121,28 @@ def test_the_reference_of_both(base: Path, mine: Path, merged: Path, tmp_path: P
     with Reference(made) as one, Reference(tmp_path / "copy") as two, Reference(taken(opened(base), "E2B")) as other:
         ours, theirs, others = (np.array(list(each.logprobs(TOKENS))) for each in (one, two, other))
     assert (ours == theirs).all() and (ours != others).any()
+
+
+def test_a_base_in_pieces(base: Path, mine: Path, tmp_path: Path) -> None:
+    """As a training may save it: below each other and side by side; the file is the same."""
+
+    def in_pieces(tensor: SourceTensor) -> SourceTensor:
+        if len(tensor.shape) != 2:
+            return tensor
+        (rows,) = tensor.rows
+        upper, lower = cut(rows, range(3)), cut(rows, range(3, rows.n_rows))
+        left, right = (View(lower, range(lower.n_rows), (part,)) for part in (range(1), range(1, rows.n_per_row)))
+        return replace(tensor, rows=(upper, SideBySide((left, right))))
+
+    whole = opened(base)
+    pieces = replace(whole, tensors={name: in_pieces(tensor) for name, tensor in whole.tensors.items()}, folder="e4b")
+    files = []
+    for name, source in (("whole", whole), ("pieces", pieces)):
+        both = merge(source, [read_adapter(mine)])
+        assert isinstance(both, Checkpoint)
+        (written,) = gguf3n.convert(taken(both, "E2.69B-layer"), "Q8_0", tmp_path / f"{name}.gguf")
+        files.append(written.path.read_bytes())
+    assert files[0] == files[1]
 
 
 def test_every_stage_and_lint_pass(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

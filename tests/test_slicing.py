@@ -253,8 +253,10 @@ def test_slices_lists_them(tmp_path: Path, in_process: Command) -> None:
     assert plain.code == as_json.code == 0
     assert [line.split()[0] for line in plain.stdout.splitlines()[1:17]] == [named.name for named in NAMED_SLICES]
     assert all(len(line) <= 80 for line in plain.stdout.splitlines())
-    assert [entry["mmlu"] for entry in as_json.json] == [named.mmlu for named in NAMED_SLICES]
-    assert as_json.json[-1]["bytes"] == as_json.json[-1]["padded_bytes"]
+    entries = as_json.json["slices"]
+    assert (as_json.json["schema"], as_json.json["quant"]) == ("gguf3n.slices/1", "Q4_K_M")
+    assert [entry["mmlu"] for entry in entries] == [named.mmlu for named in NAMED_SLICES]
+    assert entries[-1]["bytes"] == entries[-1]["padded_bytes"]
     assert in_process(tmp_path, "slices", "-q", "Q9").code == 2
 
 
@@ -316,6 +318,39 @@ def test_options_that_make_no_sense(
 ) -> None:
     found = in_process(tmp_path, "convert", small, "-q", "Q8_0", *options)
     assert found.code == code and len(found.errors) == 1 and what in found.errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("skip = [20, 18]\nwidths = 32", "layer 18 can't be skipped"),
+        ("skip = [19]\nwidths = 32", "layer 19 can't be skipped"),
+        ("skip = [35]\nwidths = 32", "no layer 35 to skip"),
+        ("widths = [32, 64]", "2 widths for 35 layers"),
+        ("widths = 65", "layer 0 has no part of width 65"),
+        ("widths = 8192\nwidth = 3", "unknown key 'width'"),
+    ],
+)
+def test_files_that_do_not_fit_the_model(
+    text: str, what: str, small: Path, tmp_path: Path, in_process: Command
+) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    for command in (
+        ("convert", small, "-q", "Q8_0", "--slice", "mine.toml"),
+        ("slice", small, "mine.toml", "-o", "out"),
+    ):
+        found = in_process(tmp_path, *command)
+        assert found.code == 2 and len(found.errors) == 1 and what in found.errors[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_another_model_has_none_of_the_named_slices(tiny_checkpoint: Path, tmp_path: Path, in_process: Command) -> None:
+    for options in (["--slice", "E2B"], ["--slice", "auto", "--size", "4GB"]):
+        found = in_process(tmp_path, "convert", tiny_checkpoint, "-q", "Q8_0", *options)
+        assert found.code == 2 and "a slice of E4B, not of this model" in found.errors[0]
+    close = in_process(tmp_path, "slice", tiny_checkpoint, "E2.98B-blok", "-o", "out")
+    assert close.code == 2 and "did you mean E2.98B-block" in close.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -17,6 +17,8 @@ from gguf3n.gemma3n.slices import take_slice
 from gguf3n.gemma3n.source import open_checkpoint
 from gguf3n.slicing import write_slice
 
+SCHEMA = "gguf3n.slice/1"
+
 
 def slice(
     source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
@@ -37,7 +39,8 @@ def slice(
     sizes = {path: path.stat().st_size for path in written}
     if json:
         files = [{"path": str(path), "bytes": n_bytes} for path, n_bytes in sizes.items()]
-        print_json({"source": made.origin, "output": str(output), "notices": list(made.notices), "files": files})
+        result = {"schema": SCHEMA, "source": made.origin, "output": str(output), "notices": list(made.notices)}
+        print_json({**result, "files": files})
         return
     say(str(output))
     say(f"  {human_bytes(sum(sizes.values()))} in {len(sizes)} files, {made.config.num_hidden_layers} layers")

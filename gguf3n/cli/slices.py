@@ -8,9 +8,11 @@ import typer
 
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json
-from gguf3n.cli.paint import filled, say
+from gguf3n.cli.paint import cut, filled, line_width, say
 from gguf3n.recipes import find_recipe
 from gguf3n.slicing import SliceSizes, slice_sizes
+
+SCHEMA = "gguf3n.slices/1"
 
 
 def slices(
@@ -21,7 +23,7 @@ def slices(
     recipe = find_recipe(quant)
     found = slice_sizes(recipe)
     if json:
-        print_json([_as_json(each, recipe.name) for each in found])
+        print_json({"schema": SCHEMA, "quant": recipe.name, "slices": [_as_json(each) for each in found]})
         return
     rows = [("name", "effective", "MMLU", recipe.name, "padded", "llama.cpp")]
     for each in found:
@@ -35,7 +37,8 @@ def slices(
                 "padded" if each.is_mixed else "as it is",
             )
         )
-    say(*columns(rows, "<>>>><"))
+    for line in columns(rows, "<>>>><"):
+        say(cut(line, line_width()))
     say("")
     for line in NOTES:
         say(*filled(line, 0))
@@ -48,12 +51,11 @@ NOTES = (
 )
 
 
-def _as_json(each: SliceSizes, quant: str) -> dict[str, object]:
+def _as_json(each: SliceSizes) -> dict[str, object]:
     return {
         "name": each.named.name,
         "effective_parameters": each.n_effective,
         "mmlu": each.named.mmlu,
-        "quant": quant,
         "bytes": each.true_bytes,
         "padded_bytes": each.padded_bytes,
         "loads_unpadded": ["transformers", "mistral.rs"]

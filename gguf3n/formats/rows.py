@@ -178,8 +178,41 @@ class Zeros:
         return 0.0
 
 
+class _Moved:
+    """What rows have in common with those whose values they have, in other places."""
+
+    base: Rows
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        return self.base.dtypes
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.base.stored
+
+
+class _Changed:
+    """What rows have in common with those that they are computed from, in the same places."""
+
+    base: Rows
+    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
+
+    @property
+    def n_rows(self) -> int:
+        return self.base.n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        return self.base.n_per_row
+
+
 @dataclass(frozen=True)
-class View:
+class View(_Moved):
     """Some rows and columns of other rows.
 
     Args:
@@ -200,20 +233,8 @@ class View:
         return sum(map(len, self.columns))
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes // max(self.base.n_rows, 1) * self.n_rows
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         if isinstance(self.base, Stored) and (raw := reader.read_raw(self, first, len(out))) is not None:
@@ -228,7 +249,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(_Moved):
     """Other rows, each with zeros after it. `n_per_row` counts both."""
 
     base: Rows
@@ -239,20 +260,8 @@ class Padded:
         return self.base.n_rows
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         narrow = np.empty((len(out), self.base.n_per_row), np.float32)
@@ -263,7 +272,7 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(_Moved):
     """One row of other rows, again and again."""
 
     base: Rows
@@ -275,20 +284,8 @@ class Repeated:
         return self.base.n_per_row
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes // max(self.base.n_rows, 1)
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         largest = reader.fill(self.base, self.row, out[:1])
@@ -297,7 +294,7 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(_Moved):
     """The columns of a matrix of plain floats, each as a row. Why: PEFT keeps an embedding's factors so."""
 
     base: Stored
@@ -311,20 +308,8 @@ class Transposed:
         return self.base.n_rows
 
     @property
-    def dtypes(self) -> frozenset[str]:
-        return self.base.dtypes
-
-    @property
     def stored_bytes(self) -> int:
         return self.base.stored_bytes
-
-    @property
-    def origin(self) -> str:
-        return self.base.origin
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
-        return self.base.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         values, strip = self.base.in_rows_of(1), np.empty((len(out), 1), np.float32)
@@ -335,7 +320,7 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Changed):
     """base + scale * (b @ a): what a LoRA adapter makes of a matrix.
 
     Shapes: base [n_rows, n_per_row], a [rank, n_per_row], b [n_rows, rank].
@@ -348,16 +333,6 @@ class LowRank:
     a: Rows
     b: Rows
     scale: float
-
-    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
-
-    @property
-    def n_rows(self) -> int:
-        return self.base.n_rows
-
-    @property
-    def n_per_row(self) -> int:
-        return self.base.n_per_row
 
     @property
     def stored_bytes(self) -> int:
@@ -379,7 +354,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class OfLength:
+class OfLength(_Changed):
     """Other rows, each multiplied so that its Euclidean length is the one that is given.
 
     Shapes: base [n_rows, n_per_row], lengths [n_rows].
@@ -389,16 +364,6 @@ class OfLength:
 
     base: Rows
     lengths: Stored
-
-    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
-
-    @property
-    def n_rows(self) -> int:
-        return self.base.n_rows
-
-    @property
-    def n_per_row(self) -> int:
-        return self.base.n_per_row
 
     @property
     def stored_bytes(self) -> int:
@@ -460,7 +425,7 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(_Changed):
     """Other rows times a number.
 
     Exact: multiplied in float64 and rounded to float32 once.
@@ -468,16 +433,6 @@ class Scaled:
 
     base: Rows
     scale: float
-
-    dtypes: ClassVar[frozenset[str]] = frozenset({"F32"})
-
-    @property
-    def n_rows(self) -> int:
-        return self.base.n_rows
-
-    @property
-    def n_per_row(self) -> int:
-        return self.base.n_per_row
 
     @property
     def stored_bytes(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.checkpoint import INDEX, SINGLE
 from gguf3n.formats.rows import DTYPE_BYTES, RowReader, SourceTensor, chunks
-from gguf3n.formats.whole_file import WholeFile, check_space, make_directory
+from gguf3n.formats.whole_file import WholeFile, check_space, make_directory, remove_stale
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers has it."""
@@ -68,7 +68,7 @@ def write_checkpoint(
     """Write a directory in Hugging Face's layout; returns its files.
 
     Args:
-        directory: is made, or is empty.
+        directory: is made, or is empty but for what a killed run has left.
         small_files: the contents of everything beside the weights, by name; the names may have one folder in them.
         copied: told of each few megabytes, in bytes.
 
@@ -79,12 +79,15 @@ def write_checkpoint(
     files = dict(small_files)
     if len(shards) > 1:
         files[INDEX] = _index(shards)
+    paths = [directory / name for name in (*(shard.name for shard in shards), *files)]
     is_new = not directory.exists()
     make_directory(directory)
+    for path in paths:
+        remove_stale(path)
     if any(directory.iterdir()):
         raise OutputError(f"{directory} is not empty", expected="a new directory", fix="name another one")
     check_space(directory / SINGLE, sum(shard.n_bytes for shard in shards) + sum(map(len, files.values())))
-    folders = sorted({(directory / name).parent for name in files} - {directory})
+    folders = sorted({path.parent for path in paths} - {directory})
     try:
         for folder in folders:
             make_directory(folder)
@@ -93,7 +96,7 @@ def write_checkpoint(
         for folder in (*folders, *([directory] if is_new else [])):
             _remove_empty(folder)
         raise
-    return [directory / name for name in (*(shard.name for shard in shards), *files)]
+    return paths
 
 
 def _write(directory: Path, shards: Sequence[Shard], files: Mapping[str, bytes], copied: Callable[[int], None]) -> None:
@@ -117,14 +120,19 @@ def _write(directory: Path, shards: Sequence[Shard], files: Mapping[str, bytes],
             file.commit()
 
 
-def _data(shard: Shard, reader: RowReader) -> Iterator[bytes]:
+def _data(shard: Shard, reader: RowReader) -> Iterator[memoryview]:
+    """Its tensors, in pieces that are good until the next."""
     for tensor in shard.tensors:
         for rows in tensor.rows:
             for chunk in chunks(rows, CHUNK_WEIGHTS):
                 raw = reader.read_raw(rows, chunk.first, chunk.n_rows)
                 if raw is None:
-                    raise UsageError(f"{tensor.origin}: can't be copied", expected="a tensor that is stored in a file")
-                yield raw.tobytes()
+                    raise UsageError(
+                        f"{tensor.origin}: can't be copied",
+                        expected="a tensor that is stored in a file",
+                        fix="convert it to GGUF, where what is computed has a place",
+                    )
+                yield raw.data
 
 
 def _shards(tensors: Sequence[SourceTensor], max_bytes: int) -> list[Shard]:

@@ -85,7 +85,7 @@ class WholeFile:
         finally:
             self.discard()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append."""
         try:
             self.n_written += self._file.write(data)

@@ -119,6 +119,7 @@ def take_slice(source: str | Path | Source, wanted: Slice, *, pad: bool = True) 
         name=f"{whole.name}-{wanted.name}",
         tensors={tensor.name: tensor for tensor in _sliced(whole, wanted)},
         notices=(*whole.notices, *_notices(wanted, whole.config)),
+        folder=whole.folder,
         repo_id=whole.repo_id,
         changes=(*whole.changes, wanted.name),
         as_it_stands=False,

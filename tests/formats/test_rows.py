@@ -396,17 +396,17 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     beside = SideBySide((b, stored, Zeros(40, 2)))
     assert (beside.stored_bytes, beside.dtypes) == (40 * 12 + 40 * 128, {"F32", "BF16"})
     assert (beside.origin, beside.n_rows, beside.n_per_row) == (b.origin, 40, 3 + 64 + 2)
-    assert [rows.stored for rows in (stored, Zeros(9, 9), view)] == [(stored,), (), (stored,)]
-    assert (merged.stored, beside.stored) == ((stored, a, b), (b, stored))
-    scaled = Scaled(view, 2.0)
+    scaled, padded, turned, long = Scaled(view, 2.0), Padded(view, 9), Transposed(a), OfLength(merged, b)
     assert (scaled.stored_bytes, scaled.origin, scaled.dtypes) == (10 * 128, where, {"F32"})
-    padded = Padded(view, 9)
     assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
+    assert [rows.stored for rows in (stored, view, padded, scaled, Repeated(view, 3, 9))] == [(stored,)] * 5
+    assert (Zeros(9, 9).stored, turned.stored, beside.stored) == ((), (a,), (b, stored))
+    assert (merged.stored, View(long, range(2), (range(9),)).stored) == ((stored, a, b), (stored, a, b, b))
     quantized, _ = store(tmp_path, "Q4_0")
     assert (quantized.row_bytes, quantized.stored_bytes) == (36, 40 * 36)
     assert (quantized.in_rows_of(32).row_bytes, quantized.in_rows_of(32).stored_bytes) == (18, 40 * 36)
     tensor = SourceTensor("x", (59, 64), (stored, Zeros(9, 64), view))
-    assert (tensor.dtypes, tensor.origin) == ({"BF16"}, where)
+    assert (tensor.dtypes, tensor.origin, tensor.stored) == ({"BF16"}, where, (stored, stored))
     assert stored_tensors([stored, a]) == {
         "BF16.weight": SourceTensor("BF16.weight", (40, 64), (stored,)),
         "F16.weight": SourceTensor("F16.weight", (3, 64), (a,)),

@@ -77,6 +77,14 @@ def test_a_directory_that_is_not_empty_is_left_alone(tensors: list[SourceTensor]
         write_checkpoint(tmp_path / "file", tensors, {})
 
 
+def test_what_a_killed_run_has_left_is_removed(tensors: list[SourceTensor], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".model.safetensors.0123abcd.partial").write_bytes(b"half")
+    write_checkpoint(out, tensors, {})
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("is_new", [True, False])
 def test_nothing_is_left_of_what_goes_wrong(tensors: list[SourceTensor], is_new: bool, tmp_path: Path) -> None:
     """A source that became shorter, when the first shard is complete."""

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import gguf3n
-from gguf3n import cli
 from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, MappingError, SourceError, UsageError
 from gguf3n.formats.rows import LowRank, Stored
 from gguf3n.gemma3n.adapter import REFUSED as NO_SUMS
@@ -21,6 +20,7 @@ from gguf3n.gemma3n.adapter import ROOT, read_adapter
 from gguf3n.gemma3n.merging import merge
 from gguf3n.gemma3n.source import Checkpoint, open_checkpoint
 from tests import micro
+from tests.command_line import Run
 
 TEXT = "base_model.model.model.language_model."
 UP = TEXT + "layers.0.mlp.up_proj"
@@ -358,28 +358,16 @@ def test_what_adapters_are_merged_into(base: Path, tmp_path: Path) -> None:
 # the commands
 
 
-def test_the_commands(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     arrays = {name: np.ones_like(each) for name, each in lora().items()}
     adapters = [make(tmp_path / name, arrays) for name in ("one", "two")]
     options = [word for adapter in adapters for word in ("--adapter", str(adapter))] + ["--adapter-scale", "0.25"]
 
-    def call(*words: str | Path) -> int:
-        monkeypatch.setattr("sys.argv", ["gguf3n", *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as left:
-            return int(left.code or 0)
-        return 0
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    assert call("convert", base, *options, "-q", "F32", "--dry-run", "--json") == 0
-    result = json.loads(capfd.readouterr().out)
+    result = json.loads(run("convert", base, *options, "-q", "F32", "--dry-run", "--json").out)
     assert result["outputs"][0]["path"] == "micro-one-two-F32.gguf"
     assert f"merged {adapters[1]}: 1 LoRA" in result["notices"]
-    assert call("convert", base, *options, "-q", "F32") == 0
+    assert run("convert", base, *options, "-q", "F32").code == 0
     written = gguf3n.open_gguf("micro-one-two-F32.gguf").tensors["blk.0.ffn_up.weight"]
     raw = Path("micro-one-two-F32.gguf").read_bytes()[written.offset : written.offset + written.n_bytes]
     before = open_checkpoint(base).tensors["model.language_model.layers.0.mlp.up_proj.weight"].rows[0]
@@ -388,6 +376,6 @@ def test_the_commands(
     # twice alpha / rank * a quarter * a rank of two
     assert np.array_equal(np.frombuffer(raw, np.float32), plain.view(np.float32) + 2)
     against = ["--stages", "tensors", "--reference", base]
-    assert call("validate", "micro-one-two-F32.gguf", *against, *options) == 0
-    assert call("validate", "micro-one-two-F32.gguf", *against) == 12
-    assert call("convert", base, "-q", "F32", "--adapter-scale", "2", "--force") == 2
+    assert run("validate", "micro-one-two-F32.gguf", *against, *options).code == 0
+    assert run("validate", "micro-one-two-F32.gguf", *against).code == 12
+    assert run("convert", base, "-q", "F32", "--adapter-scale", "2", "--force").code == 2
