@@ -9,9 +9,11 @@ Names are loaded on first use, so importing the package costs nothing.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers read it; typing takes long enough to load that a Ctrl-C comes in between
 if TYPE_CHECKING:
+    from typing import Any
+
     from gguf3n.conversion import (
         Conversion,
         ConversionOptions,
