@@ -12,7 +12,7 @@ import importlib
 
 TYPE_CHECKING = False  # as type checkers read it; typing takes long enough to load that a Ctrl-C comes in between
 if TYPE_CHECKING:
-    from typing import Any
+    import typing
 
     from gguf3n.conversion import (
         Conversion,
@@ -274,7 +274,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
