@@ -43,9 +43,22 @@ if TYPE_CHECKING:
     )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-    from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
+    from gguf3n.formats.rows import (
+        LowRank,
+        OfLength,
+        Padded,
+        RowReader,
+        SideBySide,
+        SourceTensor,
+        Stored,
+        Transposed,
+        View,
+        Zeros,
+    )
     from gguf3n.gemma3n.mapping import MappedTensor
+    from gguf3n.gemma3n.named_slices import find_slice
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
+    from gguf3n.gemma3n.slices import Slice, SlicedCheckpoint, take_slice
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
     from gguf3n.inspection.diff import Difference, KeyChange, TensorChange, TokenChange, diff
     from gguf3n.inspection.edit import Edit, edit
@@ -56,6 +69,7 @@ if TYPE_CHECKING:
     from gguf3n.progress import Progress
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
+    from gguf3n.slicing import write_slice
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
     from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -105,7 +119,9 @@ __all__ = [
     "MappedTensor",
     "MappingError",
     "Measurement",
+    "OfLength",
     "OutputError",
+    "Padded",
     "Part",
     "PartKind",
     "Plan",
@@ -120,7 +136,10 @@ __all__ = [
     "RowReader",
     "Rule",
     "Severity",
+    "SideBySide",
     "Skipped",
+    "Slice",
+    "SlicedCheckpoint",
     "Source",
     "SourceError",
     "SourceTensor",
@@ -136,6 +155,7 @@ __all__ = [
     "TokenChange",
     "TokenizerError",
     "TokensResult",
+    "Transposed",
     "UsageError",
     "Validation",
     "ValidationOptions",
@@ -149,6 +169,7 @@ __all__ = [
     "edit",
     "f16_risks",
     "find_recipe",
+    "find_slice",
     "lint",
     "measure_importance",
     "measure_statistics",
@@ -164,11 +185,13 @@ __all__ = [
     "read_recipe",
     "read_source",
     "repair",
+    "take_slice",
     "text_part",
     "validate",
     "write",
     "write_imatrix",
     "write_report",
+    "write_slice",
 ]
 
 _HOMES = {
@@ -207,7 +230,9 @@ _HOMES = {
     "MappedTensor": "gemma3n.mapping",
     "MappingError": "errors",
     "Measurement": "engines.activations",
+    "OfLength": "formats.rows",
     "OutputError": "errors",
+    "Padded": "formats.rows",
     "Part": "gemma3n.part",
     "PartKind": "gemma3n.part",
     "Plan": "planning",
@@ -222,7 +247,10 @@ _HOMES = {
     "RowReader": "formats.rows",
     "Rule": "recipes",
     "Severity": "inspection.lint",
+    "SideBySide": "formats.rows",
     "Skipped": "inspection.statistics",
+    "Slice": "gemma3n.slices",
+    "SlicedCheckpoint": "gemma3n.slices",
     "Source": "gemma3n.source",
     "SourceError": "errors",
     "SourceTensor": "formats.rows",
@@ -238,6 +266,7 @@ _HOMES = {
     "TokenChange": "inspection.diff",
     "TokenizerError": "errors",
     "TokensResult": "validation.tokens",
+    "Transposed": "formats.rows",
     "UsageError": "errors",
     "Validation": "validation.validate",
     "ValidationOptions": "validation.options",
@@ -251,6 +280,7 @@ _HOMES = {
     "edit": "inspection.edit",
     "f16_risks": "inspection.statistics",
     "find_recipe": "recipes",
+    "find_slice": "gemma3n.named_slices",
     "lint": "inspection.lint",
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
@@ -266,11 +296,13 @@ _HOMES = {
     "read_recipe": "conversion",
     "read_source": "conversion",
     "repair": "inspection.repair",
+    "take_slice": "gemma3n.slices",
     "text_part": "gemma3n.part",
     "validate": "validation.validate",
     "write": "conversion",
     "write_imatrix": "formats.imatrix",
     "write_report": "validation.report",
+    "write_slice": "slicing",
 }
 
 

@@ -58,7 +58,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 
 
 def measure(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, a training's folder, or a Hub id like google/gemma-3n-E4B-it.")
+    ],
     text: Annotated[list[Path], typer.Option("--text", help="A UTF-8 text file; repeatable, read as one text.")],
     output: Output = Path("imatrix.gguf"),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -96,6 +98,8 @@ def measure(
     check_device(device, dtype)
     checkpoint = open_checkpoint(read_source(source, revision=revision, show_progress=not quiet))
     check_not_input(output, *checkpoint.files)
+    for notice in checkpoint.notices:
+        print_note("note", notice, quiet=quiet)
     if earlier:
         part = text_part(checkpoint)
         for imatrix in earlier:

@@ -16,7 +16,15 @@ from gguf3n.cli.lint import SHOWN
 from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
-from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
+from gguf3n.conversion import (
+    Conversion,
+    ConversionOptions,
+    output_paths,
+    parse_options,
+    plan_all,
+    plan_files,
+    write_files,
+)
 from gguf3n.engines.vision_reference import check_packages
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.gemma3n.part import PartKind
@@ -91,7 +99,7 @@ class Writing:
         return parse_validation(self.stages, threads=self.threads)
 
 
-def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
+def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) -> None:
     """Write the files and validate them, or print what would be written.
 
     Args:
@@ -99,7 +107,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     """
     validation = wanted.validation()
     conversion = wanted.conversion()
-    source = read()
+    source = read(conversion)
     if validation is not None:
         validation = replace(validation, imatrix=conversion.imatrix)
         check_extra(source, validation, validation.stages)
@@ -124,14 +132,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         _show(plans, conversion, wanted, result)
         return
     with progress_bar(quiet=wanted.quiet) as progress:
-        written = write(
-            plans,
-            conversion.output,
-            inputs=conversion.inputs,
-            threads=conversion.threads,
-            force=conversion.force,
-            progress=progress,
-        )
+        written = write_files(plans, conversion, progress)
     if not wanted.json:
         _print_written(written)
     validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)

@@ -182,7 +182,7 @@ CHECKS: tuple[Check, ...] = (
     _model("fixed-size", E, "llama.cpp has it built in: the file does not load, or the model talks nonsense",
            "use another engine, or another slice", model.fixed_sizes),
     _model("mixed-ffn", E, "llama.cpp takes layer 0's FFN width for all layers and does not load the file",
-           "slice the model to one width", model.mixed_ffn),
+           "convert the slice again without --no-pad, which makes one width of all", model.mixed_ffn),
     _model("missing-tensor", E, LLAMA,
            AGAIN, model.missing_tensors),
     _model("missing-shared-kv", E, "llama.cpp demands keys and values that it never evaluates",
