@@ -9,9 +9,11 @@ Names are loaded on first use, so importing the package costs nothing.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers read it; typing takes long enough to load that a Ctrl-C comes in between
 if TYPE_CHECKING:
+    import typing
+
     from gguf3n.adapter_file import convert_adapter, plan_adapter
     from gguf3n.conversion import (
         Conversion,
@@ -312,7 +314,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

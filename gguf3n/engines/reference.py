@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.engines.devices import check_words
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
@@ -25,9 +26,6 @@ from gguf3n.gemma3n.source import Checkpoint, Source, open_checkpoint
 
 _TEXT_NAMES = {TEXT_PREFIX.pattern: "model."}
 """Every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses."""
-
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("float32", "bfloat16")
 
 HEAD_POSITIONS = 32
 """Positions whose logits are in memory at once: 34 MB in float32 at 262,400 tokens."""
@@ -272,6 +270,7 @@ def check_device(device: str, dtype: str) -> str:
 
     Raises: UsageError: no torch or no transformers, no such device or dtype.
     """
+    check_words(device, dtype)
     try:
         import torch
         import transformers  # noqa: F401
@@ -280,10 +279,6 @@ def check_device(device: str, dtype: str) -> str:
             f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
         ) from error
     declare_operators()
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
-    if device not in DEVICES:
-        raise UsageError(f"device {device!r}", expected=" or ".join(DEVICES))
     has_cuda = bool(torch.cuda.is_available())
     if device == "cuda" and not has_cuda:
         raise UsageError("device cuda: torch finds none here", fix="--device cpu, or a torch that is built for CUDA")

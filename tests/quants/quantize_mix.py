@@ -1,14 +1,17 @@
 """Every type's bytes for a mix of rows, as numba compiles for the processor that the environment names.
 
-    python -m tests.quants.quantize_mix MIX.npz     an array a type and mode, and "registers": those of the kernels
+    python -m tests.quants.quantize_mix MIX.npz             an array a type and mode, and "registers": the kernels'
+    python -m tests.quants.quantize_mix MIX.npz Q4_K IQ3_S  of these types
 
-Run by test_cpu_targets, in processes of its own.
+Run by test_cpu_targets and by scripts/compare_aarch64.py, in processes of its own.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
@@ -32,17 +35,20 @@ def mixed_weights(weighted: bool) -> list[np.ndarray | None]:
     return [inputs.quant_weights(family, N_PER_ROW) for family in inputs.WEIGHTS] if weighted else [None]
 
 
-def main(path: str) -> None:
+def main(path: str, types: Sequence[str]) -> None:
     made = {
         mode_name(qtype, weighted): np.stack(
             [quantize(mixed_rows(qtype), qtype, quant_weights) for quant_weights in mixed_weights(weighted)]
         )
         for qtype, weighted in MODES
+        if not types or qtype.name in types
     }
-    assembly = "".join(text for kernel in KERNELS for text in kernel.inspect_asm().values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # kernels from a cache have none; test_cpu_targets uses new caches
+        assembly = "".join(text for kernel in KERNELS for text in kernel.inspect_asm().values())
     registers = sorted({register[:3] for register in re.findall(r"%[xyz]mm\d+", assembly)})
     np.savez(path, registers=np.array(registers), **made)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
