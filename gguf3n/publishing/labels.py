@@ -111,7 +111,7 @@ def _bits(path: str) -> int:
     return int(digits[0]) if digits is not None else 0
 
 
-def ollama_files(paths: Iterable[str], tag: str | None = None) -> list[str]:
+def ollama_candidates(paths: Iterable[str], tag: str | None = None) -> list[str]:
     """The files that `ollama run hf.co/ORG/REPO:TAG` may mean; the Hub does not say which of several it gives.
 
     Why no split files: the Hub refuses them. Without a tag it is the default's, or else whatever the Hub chooses: all.

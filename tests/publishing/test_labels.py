@@ -71,7 +71,7 @@ def test_llama_cpps_choice(names: list[str], tag: str | None, file: str | None) 
     ],
 )
 def test_ollamas_choice(names: list[str], tag: str | None, files: list[str]) -> None:
-    assert labels.ollama_files(names, tag) == files
+    assert labels.ollama_candidates(names, tag) == files
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_every_name_that_we_make_is_found_by_its_tag(preset: str) -> None:
     assert len(set(files)) == len(files)
     for recipe, file in zip(recipes, files, strict=True):
         assert labels.hub_label(file) == preset.upper()
-        assert labels.llama_cpp_file([file], preset) == file and labels.ollama_files([file], preset) == [file]
+        assert labels.llama_cpp_file([file], preset) == file and labels.ollama_candidates([file], preset) == [file]
         assert labels.llama_cpp_file(files, recipe.label) == file
-        assert labels.ollama_files(files, file) == [file]
+        assert labels.ollama_candidates(files, file) == [file]
 
 
 def test_a_mixture_of_llama_cpp_has_a_name_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
