@@ -56,13 +56,13 @@ def directory_sums(directory: Path, names: Iterable[str], progress: OnProgress |
         known = parse_sums(read_text(listed, MAX_SUMS_BYTES, UsageError), str(listed))
         written = listed.stat().st_mtime_ns
     sums = {name: value for name, value in known.items() if (directory / name).is_file()}
-    paths = [directory / name for name in names]
     try:
-        stale = [path for path in paths if path.name not in sums or path.stat().st_mtime_ns >= written]
-        meter = Meter("checksums", "bytes", sum(path.stat().st_size for path in stale), progress)
-        for path in stale:
-            sums[path.name] = file_hash(path, is_sha256=True)
-            meter.advance(path.stat().st_size)
+        status = {name: (directory / name).stat() for name in names}
+        stale = [name for name, found in status.items() if name not in sums or found.st_mtime_ns >= written]
+        meter = Meter("checksums", "bytes", sum(status[name].st_size for name in stale), progress)
+        for name in stale:
+            sums[name] = file_hash(directory / name, is_sha256=True)
+            meter.advance(status[name].st_size)
     except OSError as error:
         raise GGUFError(f"{error.filename}: cannot be read", found=error.strerror or str(error)) from error
     return sums

@@ -234,7 +234,8 @@ def _markdown_table(table: Table) -> str:
     lines = [f"| {' | '.join(table.headings)} |", f"|{'|'.join('---' if s == '<' else '--:' for s in table.align)}|"]
     for row in table.rows:
         cells = (
-            markdown_code(cell, in_table=True) if i in table.names else markdown(cell) for i, cell in enumerate(row)
+            markdown_code(cell, in_table=True) if cell and i in table.names else markdown(cell)
+            for i, cell in enumerate(row)
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gguf3n
@@ -18,6 +19,7 @@ import gguf3n.cli
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import LFS_POINTER
 from gguf3n.formats.hub import file_hash
+from gguf3n.formats.imatrix import Entry, ImportanceMatrix, write_imatrix
 from gguf3n.inspection.lint import CHECKS
 from gguf3n.publishing.checks import REPOSITORY_CHECKS, RepositoryReport, lint_repository
 from gguf3n.publishing.ollama import TEMPLATE
@@ -170,7 +172,8 @@ def test_importance_matrices_and_encoders_hide_no_model(tiny_checkpoint: Path, t
     make(tmp_path, SOUND)
     model = gguf3n.convert(tiny_checkpoint, "Q8_0", tmp_path / "x.gguf")[0].path
     model.rename(tmp_path / "m-imatrix-Q8_0.gguf")
-    matrix = ImportanceMatrix(tmp_path, {"blk.0.attn_q.weight": Entry(np.ones((1, 4), np.float32), [1.0])}, (), 1, 1)
+    entry = Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))
+    matrix = ImportanceMatrix(tmp_path, {"blk.0.attn_q.weight": entry}, (), 1, 1)
     write_imatrix(matrix, tmp_path / "m-Q8_0.imatrix.gguf")
     assert said(lint_repository(tmp_path), "hidden-model") == ["m-imatrix-Q8_0.gguf has 'imatrix' in its name"]
 
