@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from gguf3n.inspection.statistics import Risk, Skipped, Statistics, TensorStatistics, f16_risks, measure_statistics
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
+    from gguf3n.publishing.card import Card, CardRow, FileFacts, make_card, read_facts
+    from gguf3n.publishing.checks import RepositoryReport, Tag, lint_repository
+    from gguf3n.publishing.measured import Measured
+    from gguf3n.publishing.ollama import OllamaFiles, ollama_files
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.validation.divergence import Divergence
@@ -68,6 +72,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Card",
+    "CardRow",
     "Check",
     "Checkpoint",
     "CheckpointError",
@@ -79,6 +85,7 @@ __all__ = [
     "Divergence",
     "Edit",
     "Entry",
+    "FileFacts",
     "Finding",
     "FindingsError",
     "Fix",
@@ -102,7 +109,9 @@ __all__ = [
     "LowRank",
     "MappedTensor",
     "MappingError",
+    "Measured",
     "Measurement",
+    "OllamaFiles",
     "OutputError",
     "Part",
     "PartKind",
@@ -114,6 +123,7 @@ __all__ = [
     "Recipe",
     "Repair",
     "Report",
+    "RepositoryReport",
     "Risk",
     "RowReader",
     "Rule",
@@ -127,6 +137,7 @@ __all__ = [
     "Statistics",
     "Stored",
     "StructureResult",
+    "Tag",
     "TensorChange",
     "TensorError",
     "TensorStatistics",
@@ -148,15 +159,19 @@ __all__ = [
     "f16_risks",
     "find_recipe",
     "lint",
+    "lint_repository",
+    "make_card",
     "measure_importance",
     "measure_statistics",
     "merge_imatrices",
     "mmproj_part",
+    "ollama_files",
     "open_gguf",
     "parse_options",
     "parse_validation",
     "plan",
     "quantize",
+    "read_facts",
     "read_gguf",
     "read_imatrix",
     "read_recipe",
@@ -170,6 +185,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Card": "publishing.card",
+    "CardRow": "publishing.card",
     "Check": "inspection.lint",
     "Checkpoint": "gemma3n.source",
     "CheckpointError": "errors",
@@ -181,6 +198,7 @@ _HOMES = {
     "Divergence": "validation.divergence",
     "Edit": "inspection.edit",
     "Entry": "formats.imatrix",
+    "FileFacts": "publishing.card",
     "Finding": "inspection.lint",
     "FindingsError": "errors",
     "Fix": "inspection.repair",
@@ -204,7 +222,9 @@ _HOMES = {
     "LowRank": "formats.rows",
     "MappedTensor": "gemma3n.mapping",
     "MappingError": "errors",
+    "Measured": "publishing.measured",
     "Measurement": "engines.activations",
+    "OllamaFiles": "publishing.ollama",
     "OutputError": "errors",
     "Part": "gemma3n.part",
     "PartKind": "gemma3n.part",
@@ -216,6 +236,7 @@ _HOMES = {
     "Recipe": "recipes",
     "Repair": "inspection.repair",
     "Report": "inspection.lint",
+    "RepositoryReport": "publishing.checks",
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
@@ -229,6 +250,7 @@ _HOMES = {
     "Statistics": "inspection.statistics",
     "Stored": "formats.rows",
     "StructureResult": "validation.structure",
+    "Tag": "publishing.checks",
     "TensorChange": "inspection.diff",
     "TensorError": "validation.tensor_errors",
     "TensorStatistics": "inspection.statistics",
@@ -250,15 +272,19 @@ _HOMES = {
     "f16_risks": "inspection.statistics",
     "find_recipe": "recipes",
     "lint": "inspection.lint",
+    "lint_repository": "publishing.checks",
+    "make_card": "publishing.card",
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
     "mmproj_part": "gemma3n.part",
+    "ollama_files": "publishing.ollama",
     "open_gguf": "formats.gguf_reader",
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
     "quantize": "quants.api",
+    "read_facts": "publishing.card",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
     "read_recipe": "conversion",
