@@ -193,10 +193,12 @@ def _as_json(report: Report, *, ok: bool) -> dict[str, Any]:
 
 
 def _print_checks(*, as_json: bool) -> None:
-    every: tuple[Check[Any], ...] = (*CHECKS, *REPOSITORY_CHECKS)
+    tables: dict[str, tuple[Check[Any], ...]] = {"checks": CHECKS, "repository_checks": REPOSITORY_CHECKS}
     if as_json:
-        print_json({"schema": SCHEMA, "checks": [{**c.as_dict(), "group": c.group.value} for c in every]})
+        rows_of = {name: [{**c.as_dict(), "group": c.group.value} for c in table] for name, table in tables.items()}
+        print_json({"schema": SCHEMA, **rows_of})
         return
+    every = (*CHECKS, *REPOSITORY_CHECKS)
     rows = [(check.id, LABELS[check.severity], check) for check in every]
     for line, (_, _, check) in zip(columns([row[:2] for row in rows], "<<"), rows, strict=True):
         data = " (with --deep)" if check.group.reads_data else ""

@@ -291,6 +291,12 @@ def test_a_summary_of_very_much_is_cut(
     assert "and 700 more" in text and len(text) < 1_000_000
 
 
+def test_the_table_of_checks(lint: Callable[..., tuple[int, str]]) -> None:
+    assert all(check.id in lint("--checks")[1] for check in REPOSITORY_CHECKS)
+    rows = json.loads(lint("--checks", "--json")[1])["repository_checks"]
+    assert [(row["id"], row["group"]) for row in rows] == [(check.id, "repository") for check in REPOSITORY_CHECKS]
+
+
 @pytest.mark.parametrize("arguments", [(), ("a.gguf", "b.gguf", "--mmproj", "c.gguf"), (".", "--mmproj", "c.gguf")])
 def test_what_can_not_be_asked(arguments: tuple[str, ...], lint: Callable[..., tuple[int, str]]) -> None:
     assert lint(*arguments)[0] == 2
