@@ -17,9 +17,9 @@ from typing import Any
 from gguf.constants import Keys
 
 import gguf3n
-from gguf3n.errors import SourceError, UsageError
+from gguf3n.errors import OutputError, SourceError, UsageError
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, open_gguf
-from gguf3n.formats.small_file import is_there, read_text
+from gguf3n.formats.small_file import is_there, read_small, read_text
 from gguf3n.formats.whole_file import check_output, write_whole
 from gguf3n.gemma3n.mmproj import ARCH as ENCODERS_ARCH
 from gguf3n.gemma3n.text import ARCH as TEXT_ARCH
@@ -125,7 +125,7 @@ class Card:
         for path in paths:
             check_output(path, force=True)
         for path, said in zip(paths, self.texts.values(), strict=True):
-            if not path.is_file() or path.read_bytes() != said.encode():
+            if not path.is_file() or read_small(path, MAX_SMALL_BYTES, OutputError) != said.encode():
                 write_whole(path, said, force=True)
         return paths
 
