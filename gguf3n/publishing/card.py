@@ -19,6 +19,7 @@ from gguf.constants import Keys
 import gguf3n
 from gguf3n.errors import OutputError, SourceError, UsageError
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, open_gguf
+from gguf3n.formats.hub import REPO_ID
 from gguf3n.formats.small_file import is_there, read_small, read_text
 from gguf3n.formats.whole_file import check_output, write_whole
 from gguf3n.gemma3n.mmproj import ARCH as ENCODERS_ARCH
@@ -39,7 +40,6 @@ from gguf3n.validation.document import Table, markdown, markdown_block, markdown
 PICTURE = "size-quality.svg"
 BEGIN = re.compile(r"<!-- gguf3n:begin(?: repo=(?P<repo>[\w./-]+))? -->")
 END = "<!-- gguf3n:end -->"
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
 IMATRIX = "imatrix"
 GOOD_BITS = 5.0
 """A weight: of a file to recommend where there is no Q4_K_M and no Q8_0."""
@@ -192,7 +192,7 @@ def make_card(
     """
     directory = Path(directory)
     for option, value in (("--repo", repo), ("--base-model", base_model)):
-        if value is not None and not REPO.fullmatch(value):
+        if value is not None and not REPO_ID.fullmatch(value):
             raise UsageError(f"{option} {value}: not the name of a repository", expected="ORG/NAME", found=value)
     if not directory.is_dir():
         raise UsageError(f"{directory}: not a directory", expected="one with GGUF files", fix="name the directory")
@@ -217,7 +217,7 @@ def make_card(
         notices.append(f"the card's commands name {repo}: give --repo ORG/REPO")
     front = _read_front(old, str(directory / CARD))
     base_model = base_model or _text(front.get("base_model"))
-    if base_model is None:
+    if base_model is None and "base_model" not in front:
         notices.append("the card does not say of which model the files are: give --base-model ORG/NAME")
     texts: dict[str, str] = {}
     if picture:
@@ -244,7 +244,7 @@ def _slug(directory: Path) -> str:
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and REPO.fullmatch(value) else None
+    return value if isinstance(value, str) and REPO_ID.fullmatch(value) else None
 
 
 def _read_front(card: str, name: str) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def _block(
     ]
     if has_picture:
         parts.append(f"![Size against KL divergence of the files]({PICTURE})")
-    parts += ["## Run", *_commands(rows, facts, paths, repo), "## How they were made", *_how_made(rows, paths)]
+    parts += ["## Run", *_commands(rows, paths, repo), "## How they were made", *_how_made(rows, paths)]
     return "\n\n".join(parts) + "\n\n"
 
 
@@ -356,9 +356,7 @@ def _table(rows: Sequence[CardRow], facts: Sequence[FileFacts]) -> Table:
     headings = ["file", "tag", "bits", "GiB", "KL", "top-1", "perplexity", "for whom"]
     align = "<<>>>>><"
     cells = [_cells(row) for row in rows]
-    cells += [
-        [fact.name, "", *_size(fact), "", "", "", _advice(fact)] for fact in facts if not fact.is_model
-    ]  # fmt: skip
+    cells += [[fact.name, "", *_size(fact), "", "", "", _advice(fact)] for fact in facts if not fact.is_model]
     is_measured = any(row.measured is not None and row.measured.kl is not None for row in rows)
     shown = [i for i in range(len(headings)) if is_measured or headings[i] not in ("KL", "top-1", "perplexity")]
     return Table(
@@ -405,9 +403,9 @@ def _how_measured(rows: Sequence[CardRow]) -> Iterator[str]:
     if not found:
         return
     first = found[0]
-    against = f" {markdown(first.engine)} with the file against {markdown(first.reference)}" if (
-        first.engine is not None and first.reference is not None
-    ) else ""  # fmt: skip
+    against = ""
+    if first.engine is not None and first.reference is not None:
+        against = f" {markdown(first.engine)} with the file against {markdown(first.reference)}"
     positions = f" at {first.n_positions:,} positions of a text" if first.n_positions is not None else ""
     theirs = (
         f" The original's perplexity there is {first.reference_perplexity:.4g}."
@@ -420,7 +418,7 @@ def _how_measured(rows: Sequence[CardRow]) -> Iterator[str]:
     )
 
 
-def _commands(rows: Sequence[CardRow], facts: Sequence[FileFacts], paths: Sequence[str], repo: str) -> Iterator[str]:
+def _commands(rows: Sequence[CardRow], paths: Sequence[str], repo: str) -> Iterator[str]:
     """For the recommended file, or else the first: by its tag where that means it everywhere, else by its name."""
     row = next((row for row in rows if row.is_recommended), rows[0])
     name = shlex.quote(row.facts.name)

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from gguf.constants import Keys
 
@@ -50,7 +51,6 @@ PARAMETERS: Mapping[str, tuple[type, ...]] = {
 }  # fmt: skip
 """What `params` may hold, and of what type."""
 
-ACTION = re.compile(r"\{\{-?\s*(.*?)\s*-?\}\}", re.DOTALL)
 OPENS, CLOSES, MIDDLE = ("if", "range", "with", "block", "define"), ("end",), ("else",)
 CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)[\"']", re.IGNORECASE)
@@ -73,6 +73,11 @@ class Seen:
     def models(self) -> list[str]:
         """Files that llama.cpp takes for models; of a split one its first part."""
         return [path for path in self.paths if labels.is_model(path) and (labels.split_part(path) or (1, 1))[0] == 1]
+
+    @cached_property
+    def labels(self) -> dict[str, list[str]]:
+        """The models of each label."""
+        return dict(islice(labels.tags(self.paths).items(), MAX_FINDINGS))
 
     @cached_property
     def mmprojs(self) -> list[str]:
@@ -134,26 +139,26 @@ def no_label(seen: Seen) -> Iterator[Found]:
 
 
 def same_label(seen: Seen) -> Iterator[Found]:
-    for label, paths in labels.tags(seen.paths).items():
+    for label, paths in seen.labels.items():
         if len(paths) > 1:
             yield Found(label, f"is the label of {' and of '.join(paths)}")
 
 
 def other_file(seen: Seen) -> Iterator[Found]:
-    for label, paths in labels.tags(seen.paths).items():
+    for label, paths in seen.labels.items():
         given = labels.llama_cpp_file(seen.paths, label)
         if given is not None and given not in paths:
             yield Found(f":{label}", f"gives {given} in llama.cpp, not {paths[0]}")
 
 
 def unreachable(seen: Seen) -> Iterator[Found]:
-    for label, paths in labels.tags(seen.paths).items():
+    for label, paths in seen.labels.items():
         if labels.llama_cpp_file(seen.paths, label) is None:
             yield Found(paths[0], f"is not found by :{label}")
 
 
 def borrowed_tag(seen: Seen) -> Iterator[Found]:
-    found = labels.tags(seen.paths)
+    found = seen.labels
     for label in found:
         plain = label.removeprefix("UD-")
         given = labels.llama_cpp_file(seen.paths, plain)
@@ -162,7 +167,7 @@ def borrowed_tag(seen: Seen) -> Iterator[Found]:
 
 
 def no_default(seen: Seen) -> Iterator[Found]:
-    found = labels.tags(seen.paths)
+    found = seen.labels
     if seen.models and labels.DEFAULTS[0] not in found:
         given = labels.llama_cpp_file(seen.paths)
         yield said("no tag", f"no {labels.DEFAULTS[0]}: without a tag llama.cpp gives {given}")
@@ -270,7 +275,7 @@ def dead_links(seen: Seen) -> Iterator[Found]:
             path = found["path"]
         elif OTHER_PLACE.match(target):
             continue
-        path = path.partition("#")[0].partition("?")[0].removeprefix("./").rstrip("/")
+        path = unquote(path.partition("#")[0].partition("?")[0]).removeprefix("./").rstrip("/")
         if path and path not in seen.repository.sizes and not any(name.startswith(path + "/") for name in seen.paths):
             yield Found(target, "leads nowhere")
 
@@ -335,16 +340,20 @@ def hub_template(seen: Seen) -> Iterator[Found]:
         yield Found(HUB_TEMPLATE, "is written in jinja's language, not in Go's")
         return
     depth = 0
-    for found in ACTION.finditer(text):
-        word = found[1].partition(" ")[0]
+    first, *actions = text.split("{{")
+    for action, end, between in (part.partition("}}") for part in actions):
+        word = (action.strip(" \t\r\n-").split() or [""])[0]
+        if not end or "}}" in between:
+            yield Found(HUB_TEMPLATE, "has braces without their others")
+            return
         depth += (word in OPENS) - (word in CLOSES)
         if depth < 0 or (word in MIDDLE and depth == 0):
             yield Found(HUB_TEMPLATE, f"has {{{{ {word} }}}} where nothing is open")
             return
+    if "}}" in first:
+        yield Found(HUB_TEMPLATE, "has braces without their others")
     if depth:
         yield Found(HUB_TEMPLATE, f"lacks {depth} {{{{ end }}}}")
-    if "{{" in ACTION.sub("", text) or "}}" in ACTION.sub("", text):
-        yield Found(HUB_TEMPLATE, "has braces without their others")
     if not any(name in text for name in (".Messages", ".Prompt")):
         yield Found(HUB_TEMPLATE, "uses neither .Messages nor .Prompt")
 
@@ -496,7 +505,7 @@ def lint_repository(source: str | Path | Repository, *, with_data: bool = False)
 def _tags(seen: Seen) -> Iterator[str | None]:
     if seen.models:
         yield None
-    yield from sorted(labels.tags(seen.paths))
+    yield from sorted(seen.labels)
 
 
 def _tag(seen: Seen, tag: str | None) -> Tag:

@@ -40,9 +40,9 @@ def parse(text: str) -> dict[str, Any]:
     if front is None:
         return {}
     try:
-        check_front_matter(text)
+        check_front_matter(f"{FENCE}\n{front}{FENCE}")
         said = yaml.safe_load(front)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if said is None:
         return {}

@@ -17,7 +17,7 @@ from gguf3n.formats.small_file import MIB, parse_json, read_small
 
 SCHEMA = "gguf3n.validate/1"
 MAX_BYTES = 64 * MIB
-"""Of a report; its tensors stage has some hundred bytes for each tensor."""
+"""Of a report, whose tensors stage has some hundred bytes for each tensor. What is larger is something else."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_measured(directory: Path, names: Collection[str]) -> dict[str, Measured
     """
     found: dict[str, Measured] = {}
     for path in sorted(directory.glob("*.json")):
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
             continue
         data = read_small(path, MAX_BYTES, UsageError)
         if SCHEMA.encode() not in data:

@@ -12,8 +12,8 @@ from gguf3n.formats.hub import file_address, is_repo_id, list_files
 from gguf3n.formats.remote import RemoteFile
 from gguf3n.formats.small_file import MIB, read_small
 
-MAX_FILES = 100_000
-"""In a directory; the Hub advises against more."""
+MAX_FILES = 10_000
+"""Of a repository; those of GGUF files have some dozens."""
 MAX_SMALL_BYTES = 4 * MIB
 """Of a card, a template, parameters or a list of checksums."""
 
@@ -58,7 +58,9 @@ def open_repository(source: str | Path, *, revision: str | None = None) -> Repos
     Raises: UsageError for a directory that can't be listed; HubError.
     """
     if not os.path.isdir(source):
-        return Repository(str(source), dict.fromkeys(list_files(str(source), revision)))
+        names = list_files(str(source), revision)
+        _check_number(str(source), len(names))
+        return Repository(str(source), dict.fromkeys(names))
     directory = Path(source)
 
     def refuse(error: OSError) -> None:
@@ -72,6 +74,15 @@ def open_repository(source: str | Path, *, revision: str | None = None) -> Repos
             if name.startswith(".") or not path.is_file():
                 continue
             sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
-        if len(sizes) > MAX_FILES:
-            raise UsageError(f"{directory}: more than {MAX_FILES:,} files", fix="name the folder with the GGUF files")
+        _check_number(str(directory), len(sizes))
     return Repository(str(directory), sizes, directory)
+
+
+def _check_number(name: str, n_files: int) -> None:
+    if n_files > MAX_FILES:
+        raise UsageError(
+            f"{name}: too many files for a repository of GGUF files",
+            expected=f"at most {MAX_FILES:,}",
+            found=f"{n_files:,}",
+            fix="name the folder with the GGUF files",
+        )

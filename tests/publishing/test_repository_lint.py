@@ -145,10 +145,16 @@ def test_each_fault_is_found(check: str, tmp_path: Path) -> None:
         ("template", "{{ end }}", "where nothing is open"),
         ("template", "{{ else }}{{ .Prompt }}", "where nothing is open"),
         ("template", "{{ .Prompt }", "braces without their others"),
+        ("template", "}} {{ .Prompt }}", "braces without their others"),
+        ("template", "{{ .Prompt }} }}", "braces without their others"),
+        ("template", "{{-" + " " * 1_000_000, "braces without their others"),
+        ("template", "{{" * 1_000_000, "braces without their others"),
         ("template", "hello", "uses neither"),
         ("SHA256SUMS", "x", "line 1 is no checksum"),
         ("README.md", "# m\n", "has no front matter"),
         ("README.md", "---\n- a\n---\n", "not keys and values"),
+        ("README.md", "--- \na: &x [1]\nb: *x\n---\n", "alias"),
+        ("README.md", "---\na: " + "[" * 5000 + "\n---\n", "can't be read"),
         ("README.md", "---\na: &x [1]\nb: *x\n---\n", "alias"),
     ],
 )
@@ -309,6 +315,17 @@ def test_a_directory_that_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(UsageError, match="cannot be listed"):
         lint_repository(tmp_path)
+
+
+def test_a_directory_of_very_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf3n.publishing.repository.MAX_FILES", len(SOUND) - 1)
+    with pytest.raises(UsageError, match="too many files"):
+        lint_repository(make(tmp_path, SOUND))
+
+
+def test_a_link_in_percents(tmp_path: Path) -> None:
+    files = SOUND | {"a b.txt": b""} | card("(m-Q4_K_M.gguf)", "(a%20b.txt)")
+    assert lint_repository(make(tmp_path, files)).findings == ()
 
 
 def test_a_card_that_is_no_small_file(tmp_path: Path) -> None:
