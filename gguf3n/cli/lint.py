@@ -115,19 +115,15 @@ def _print_report(report: Report) -> None:
 
 def _tag_lines(tags: Sequence[Tag]) -> Iterator[str]:
     """What each tag gives: once where llama.cpp and Ollama agree."""
-    width = max((len(tag.tag or "") for tag in tags), default=0) + 1
-    for tag in tags:
-        name = f":{tag.tag}" if tag.tag is not None else "no tag"
+    names = ["no tag" if tag.tag is None else f":{tag.tag}" for tag in tags]
+    width = max(map(len, names), default=0)
+    for name, tag in zip(names, tags, strict=True):
         ours = tag.llama_cpp or "nothing"
-        others = " or ".join(tag.ollama) or "nothing"
         if tag.mmproj is not None:
             ours += f" with {tag.mmproj}"
-        same = tag.ollama == ((tag.llama_cpp,) if tag.llama_cpp is not None else ())
-        yield (
-            f"{name:<{max(width, len('no tag'))}}  {ours}"
-            if same
-            else (f"{name:<{max(width, len('no tag'))}}  {ours} (llama.cpp), {others} (Ollama)")
-        )
+        if tag.ollama != (tag.llama_cpp,):
+            ours += f" (llama.cpp), {' or '.join(tag.ollama) or 'nothing'} (Ollama)"
+        yield f"{name:<{width}}  {ours}"
 
 
 def print_findings(found: Sequence[Finding]) -> None:

@@ -48,8 +48,8 @@ class Repository:
 
 
 def is_repository(source: str | Path) -> bool:
-    """Whether a directory or ORG/REPO is meant, and not one file."""
-    return os.path.isdir(source) or (isinstance(source, str) and is_repo_id(source))
+    """Whether a directory or ORG/REPO is meant, and not one file, as one that is not there."""
+    return os.path.isdir(source) or (isinstance(source, str) and is_repo_id(source) and not source.endswith(".gguf"))
 
 
 def open_repository(source: str | Path, *, revision: str | None = None) -> Repository:

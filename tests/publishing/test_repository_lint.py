@@ -308,6 +308,10 @@ def test_what_can_not_be_asked(arguments: tuple[str, ...], lint: Callable[..., t
     assert lint(*arguments)[0] == 2
 
 
+def test_a_file_that_is_not_there_is_no_repository(lint: Callable[..., tuple[int, str]]) -> None:
+    assert lint("no/file.gguf")[0] == 11
+
+
 def test_a_directory_that_can_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: object) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
