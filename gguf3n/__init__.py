@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gguf3n.adapter_file import convert_adapter, plan_adapter
     from gguf3n.conversion import (
         Conversion,
         ConversionOptions,
@@ -41,9 +42,23 @@ if TYPE_CHECKING:
     )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
-    from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
+    from gguf3n.formats.rows import (
+        LowRank,
+        OfLength,
+        Padded,
+        RowReader,
+        Scaled,
+        SideBySide,
+        SourceTensor,
+        Stored,
+        Transposed,
+        View,
+        Zeros,
+    )
     from gguf3n.gemma3n.mapping import MappedTensor
+    from gguf3n.gemma3n.named_slices import find_slice
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
+    from gguf3n.gemma3n.slices import Slice, SlicedCheckpoint, take_slice
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
     from gguf3n.inspection.diff import Difference, KeyChange, TensorChange, TokenChange, diff
     from gguf3n.inspection.edit import Edit, edit
@@ -58,6 +73,7 @@ if TYPE_CHECKING:
     from gguf3n.publishing.ollama import OllamaFiles, ollama_files
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
+    from gguf3n.slicing import write_slice
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
     from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -111,8 +127,10 @@ __all__ = [
     "MappingError",
     "Measured",
     "Measurement",
+    "OfLength",
     "OllamaFiles",
     "OutputError",
+    "Padded",
     "Part",
     "PartKind",
     "Plan",
@@ -127,8 +145,12 @@ __all__ = [
     "Risk",
     "RowReader",
     "Rule",
+    "Scaled",
     "Severity",
+    "SideBySide",
     "Skipped",
+    "Slice",
+    "SlicedCheckpoint",
     "Source",
     "SourceError",
     "SourceTensor",
@@ -145,6 +167,7 @@ __all__ = [
     "TokenChange",
     "TokenizerError",
     "TokensResult",
+    "Transposed",
     "UsageError",
     "Validation",
     "ValidationOptions",
@@ -153,11 +176,13 @@ __all__ = [
     "VisionResult",
     "Zeros",
     "convert",
+    "convert_adapter",
     "dequantize",
     "diff",
     "edit",
     "f16_risks",
     "find_recipe",
+    "find_slice",
     "lint",
     "lint_repository",
     "make_card",
@@ -170,6 +195,7 @@ __all__ = [
     "parse_options",
     "parse_validation",
     "plan",
+    "plan_adapter",
     "quantize",
     "read_facts",
     "read_gguf",
@@ -177,11 +203,13 @@ __all__ = [
     "read_recipe",
     "read_source",
     "repair",
+    "take_slice",
     "text_part",
     "validate",
     "write",
     "write_imatrix",
     "write_report",
+    "write_slice",
 ]
 
 _HOMES = {
@@ -224,8 +252,10 @@ _HOMES = {
     "MappingError": "errors",
     "Measured": "publishing.measured",
     "Measurement": "engines.activations",
+    "OfLength": "formats.rows",
     "OllamaFiles": "publishing.ollama",
     "OutputError": "errors",
+    "Padded": "formats.rows",
     "Part": "gemma3n.part",
     "PartKind": "gemma3n.part",
     "Plan": "planning",
@@ -240,8 +270,12 @@ _HOMES = {
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
+    "Scaled": "formats.rows",
     "Severity": "inspection.lint",
+    "SideBySide": "formats.rows",
     "Skipped": "inspection.statistics",
+    "Slice": "gemma3n.slices",
+    "SlicedCheckpoint": "gemma3n.slices",
     "Source": "gemma3n.source",
     "SourceError": "errors",
     "SourceTensor": "formats.rows",
@@ -258,6 +292,7 @@ _HOMES = {
     "TokenChange": "inspection.diff",
     "TokenizerError": "errors",
     "TokensResult": "validation.tokens",
+    "Transposed": "formats.rows",
     "UsageError": "errors",
     "Validation": "validation.validate",
     "ValidationOptions": "validation.options",
@@ -266,11 +301,13 @@ _HOMES = {
     "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
     "convert": "conversion",
+    "convert_adapter": "adapter_file",
     "dequantize": "quants.api",
     "diff": "inspection.diff",
     "edit": "inspection.edit",
     "f16_risks": "inspection.statistics",
     "find_recipe": "recipes",
+    "find_slice": "gemma3n.named_slices",
     "lint": "inspection.lint",
     "lint_repository": "publishing.checks",
     "make_card": "publishing.card",
@@ -283,6 +320,7 @@ _HOMES = {
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
+    "plan_adapter": "adapter_file",
     "quantize": "quants.api",
     "read_facts": "publishing.card",
     "read_gguf": "conversion",
@@ -290,11 +328,13 @@ _HOMES = {
     "read_recipe": "conversion",
     "read_source": "conversion",
     "repair": "inspection.repair",
+    "take_slice": "gemma3n.slices",
     "text_part": "gemma3n.part",
     "validate": "validation.validate",
     "write": "conversion",
     "write_imatrix": "formats.imatrix",
     "write_report": "validation.report",
+    "write_slice": "slicing",
 }
 
 

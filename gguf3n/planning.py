@@ -150,8 +150,11 @@ def _with_file_keys(part: Part, recipe: Recipe) -> list[KeyValue]:
     version, ftype = file_keys(recipe.ftype)
     if part.kind is PartKind.TEXT:
         return [*part.keys, version, ftype]
+    if part.kind is PartKind.LORA:
+        return [*part.keys, version]
     general = [key for key in part.keys if key.name.startswith("general.")]
-    return [*general, ftype, *(key for key in part.keys if key not in general), version]
+    others = [key for key in part.keys if not key.name.startswith("general.")]
+    return [*general, ftype, *others, version]
 
 
 def _check_runs(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> None:

@@ -23,15 +23,18 @@ BELOW: dict[str, set[str]] = {
     "errors": {"outside"},
     "progress": set(),
     "workers": {"errors"},
+    "regexes": set(),
     "formats": {"errors", "outside"},
     "quants": {"errors", "formats"},
-    "recipes": {"errors", "formats"},
-    "gemma3n": {"errors", "formats"},
+    "recipes": {"errors", "formats", "regexes"},
+    "gemma3n": {"errors", "formats", "regexes"},
     "plots": {"errors", "formats"},
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
     "planning": {"errors", "formats", "gemma3n", "inspection", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
-    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "workers"},
+    "slicing": {"errors", "formats", "gemma3n", "planning", "progress", "recipes"},
+    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "slicing", "workers"},
+    "adapter_file": {"conversion", "errors", "gemma3n", "planning", "progress", "recipes"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
@@ -43,12 +46,12 @@ BELOW: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "validation", "publishing", "outside", "progress", "workers", "",
+        "adapter_file", "slicing", "publishing", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "engines", "publishing", "validation",
+        "adapter_file", "engines", "slicing", "publishing", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

@@ -45,7 +45,10 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "convert": Command("Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."),
     "quantize": Command("Quantize a GGUF file of Gemma 3n to one file, or to several from one read."),
+    "adapter": Command("Write a PEFT adapter as a GGUF LoRA, which llama.cpp loads beside the model."),
     "validate": Command("Compare a GGUF file with its source, tensor by tensor, token by token."),
+    "slices": Command("List the MatFormer slices of E4B: sizes, published MMLU, engines."),
+    "slice": Command("Write a MatFormer slice as a checkpoint of its own."),
     "imatrix": Command(
         "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}
     ),

@@ -48,6 +48,10 @@ def lint(
         str | None,
         typer.Option(metavar="FILE", help="The mmproj file to be used with it: check both, and whether they fit."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Of an adapter: the text model to be used with it: check whether they fit."),
+    ] = None,
     github: Annotated[bool, typer.Option("--github", help="Print annotations for GitHub Actions.")] = False,
     summary: Annotated[
         bool, typer.Option("--summary", help="Add a table to the job's summary, $GITHUB_STEP_SUMMARY.")
@@ -61,12 +65,13 @@ def lint(
         return
     if not files:
         raise UsageError("no file", expected="a GGUF file, a directory or ORG/REPO, or --checks")
-    if mmproj is not None and (len(files) > 1 or is_repository(files[0])):
-        raise UsageError("--mmproj is for one text model's file", found=" ".join(files), fix="name that file alone")
+    for option, other in (("--mmproj", mmproj), ("--base", base)):
+        if other is not None and (len(files) > 1 or is_repository(files[0])):
+            raise UsageError(f"{option} is for one file", found=" ".join(files), fix="name that file alone")
     if summary:
         check_summary()
     with progress_bar(quiet=quiet or not deep) as progress:
-        reports = _reports(files, mmproj, deep=deep, progress=progress)
+        reports = _reports(files, mmproj, base, deep=deep, progress=progress)
     failed = [report.count(Severity.ERROR) > 0 or (strict and report.count(Severity.WARNING) > 0) for report in reports]
     if summary:
         append_summary(reports)
@@ -85,14 +90,17 @@ def lint(
         raise typer.Exit(FindingsError.exit_code)
 
 
-def _reports(files: Sequence[str], mmproj: str | None, *, deep: bool, progress: OnProgress | None) -> list[Report]:
+def _reports(
+    files: Sequence[str], mmproj: str | None, base: str | None, *, deep: bool, progress: OnProgress | None
+) -> list[Report]:
     beside = None if mmproj is None else open_gguf(_source(mmproj), strict=False)
+    model = None if base is None else open_gguf(_source(base), strict=False)
     reports: list[Report] = []
     for file in files:
         if is_repository(file):
             reports.append(lint_repository(file, with_data=deep))
         else:
-            reports.append(run_lint(_source(file), with_data=deep, progress=progress, beside=beside))
+            reports.append(run_lint(_source(file), with_data=deep, progress=progress, beside=beside, base=model))
     if beside is not None:
         reports.append(run_lint(beside, with_data=deep, progress=progress))
     return reports

@@ -51,6 +51,11 @@ Like = Annotated[
         help="Give each tensor the type it has in this GGUF file: a path, https URL or org/repo:QUANT; repeatable."
     ),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="A PEFT adapter to merge into the checkpoint: a directory or a Hub id; repeatable, in order."),
+]
+AdapterScale = Annotated[float, typer.Option(metavar="X", help="How much of what adapters add is added.")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="A .gguf file or a directory.", show_default="./NAME-TYPE.gguf"),

@@ -16,7 +16,15 @@ from gguf3n.cli.lint import SHOWN
 from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
-from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
+from gguf3n.conversion import (
+    Conversion,
+    ConversionOptions,
+    output_paths,
+    parse_options,
+    plan_all,
+    plan_files,
+    write_files,
+)
 from gguf3n.engines.vision_reference import check_packages
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.gemma3n.part import PartKind
@@ -91,7 +99,7 @@ class Writing:
         return parse_validation(self.stages, threads=self.threads)
 
 
-def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
+def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) -> None:
     """Write the files and validate them, or print what would be written.
 
     Args:
@@ -99,7 +107,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     """
     validation = wanted.validation()
     conversion = wanted.conversion()
-    source = read()
+    source = read(conversion)
     if validation is not None:
         validation = replace(validation, imatrix=conversion.imatrix)
         check_extra(source, validation, validation.stages)
@@ -118,28 +126,21 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
         print_note("note", notice, quiet=wanted.quiet)
-    _print_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
+    tell_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
     result: dict[str, Any] = {"source": source.origin, "notices": notices}
     if wanted.dry_run:
         _show(plans, conversion, wanted, result)
         return
     with progress_bar(quiet=wanted.quiet) as progress:
-        written = write(
-            plans,
-            conversion.output,
-            inputs=conversion.inputs,
-            threads=conversion.threads,
-            force=conversion.force,
-            progress=progress,
-        )
+        written = write_files(plans, conversion, progress)
     if not wanted.json:
-        _print_written(written)
+        print_written(written)
     validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)
     if wanted.report is not None:
         write_report(validations[0], wanted.report, force=wanted.force)
     if wanted.json:
         result["seconds"] = round(written[0].seconds, 3)
-        result["outputs"] = [_plan_json(each.plan, each.path, with_tensors=False) for each in written]
+        result["outputs"] = [plan_json(each.plan, each.path, with_tensors=False) for each in written]
         for entry, found in zip(result["outputs"], validations, strict=False):
             entry["validation"] = validation_json(found)
         print_json(result)
@@ -150,7 +151,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         raise typer.Exit(FindingsError.exit_code)
 
 
-def _print_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
+def tell_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
     """What lint will say of the files."""
     for check in dict.fromkeys(finding.check for finding in findings):
         found = [finding.notice for finding in findings if finding.check is check]
@@ -170,12 +171,12 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
     paths = output_paths([each.file_name for each in plans], conversion.output)
     if wanted.json:
         result["outputs"] = [
-            _plan_json(each, path, against=other) for each, path, other in zip(plans, paths, others, strict=True)
+            plan_json(each, path, against=other) for each, path, other in zip(plans, paths, others, strict=True)
         ]
         print_json(result)
         return
     for each, path, other in zip(plans, paths, others, strict=True):
-        _print_plan(each, path, other)
+        print_plan(each, path, other)
 
 
 def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan:
@@ -217,7 +218,7 @@ def _type_counts(plan: Plan) -> str:
     return ", ".join(f"{count} {qtype.name}" for qtype, count in plan.type_counts.items())
 
 
-def _print_written(written: Sequence[Conversion]) -> None:
+def print_written(written: Sequence[Conversion]) -> None:
     for conversion in written:
         plan = conversion.plan
         say(str(conversion.path))
@@ -225,7 +226,7 @@ def _print_written(written: Sequence[Conversion]) -> None:
     say(f"{written[0].seconds:.1f} s")
 
 
-def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
+def print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
     reasons = list(dict.fromkeys((tensor.rule, tensor.reason) for tensor in plan.tensors))
     rows = [("tensor", "shape", "type", "size", "why", "" if against is None else against.recipe.name)]
     for tensor, other in zip(plan.tensors, plan.tensors if against is None else against.tensors, strict=True):
@@ -249,7 +250,7 @@ def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
         )
 
 
-def _plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Plan | None = None) -> dict[str, Any]:
+def plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Plan | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "path": str(path),
         "quant": plan.recipe.name,

@@ -28,23 +28,22 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import CheckpointError, Gguf3nError, HubError, OutputError
 from gguf3n.formats.checkpoint import (
-    FOREIGN_FILES,
     INDEX,
     MAX_HEADER_BYTES,
     SHARD,
     SINGLE,
     read_tensor_table,
     weight_map,
+    what_else,
 )
 from gguf3n.formats.remote import RemoteFile
-from gguf3n.formats.rows import Stored
+from gguf3n.formats.rows import SourceTensor
 from gguf3n.outside import inert, masked, one_line
 
 SMALL_FILES = (
@@ -64,6 +63,9 @@ SMALL_FILES = (
     "quantize_config.json",
 )
 """What is fetched beside the weights; the last two only tell an adapter or a quantized checkpoint by name."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT saves of an adapter, in the order in which they are fetched."""
 
 HEADER_REQUEST_BYTES = 256 * 1024
 """The first request for a safetensors header; Gemma 3n's headers are smaller, so one request a shard is enough."""
@@ -186,7 +188,31 @@ def fetch_checkpoint(
     return FetchedCheckpoint(directory, repo_id, revision, commit, tuple(weight_files), from_cache)
 
 
-def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, Stored]:
+def fetch_adapter(
+    repo_id: str, revision: str | None = None, *, token: str | bool | None = None, progress: bool = True
+) -> Path:
+    """The directory of an adapter's files, downloaded unless they are in the cache. Arguments: as `fetch_checkpoint`.
+
+    Raises: HubError; OutputError if the cache cannot be written.
+    """
+    revision = revision or "main"
+    names, commit, unreachable = _list_files(repo_id, revision, token)
+    from_cache = unreachable is not None
+    if not from_cache and not set(ADAPTER_FILES) <= set(names):
+        raise HubError(
+            f"{repo_id}: no adapter at the top of the repository",
+            expected=" and ".join(ADAPTER_FILES),
+            found=_few([name for name in names if not name.startswith(".git")]) or "no files",
+            fix="download the directory that holds it, and name that",
+        )
+    with _progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
+        for name in ADAPTER_FILES:
+            with _explained(repo_id, revision, name, unreachable):
+                directory = download(name, revision, from_cache=from_cache).parent
+    return directory
+
+
+def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint whose weights may still be on the Hub; only the headers are fetched.
 
     Exact: equal to `read_tensor_table` of the directory once the weights are there. Each shard is imitated by a file of
@@ -206,14 +232,10 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
         if SINGLE not in checkpoint.weights and (checkpoint.directory / INDEX).is_file():
             shutil.copyfile(checkpoint.directory / INDEX, Path(folder, INDEX))
         try:
-            table = read_tensor_table(Path(folder))
+            return read_tensor_table(Path(folder), kept_in=checkpoint.directory)
         except CheckpointError as error:
             what = error.what.replace(folder, checkpoint.repo_id)
             raise CheckpointError(what, expected=error.expected, found=error.found, fix=error.fix) from error
-    return {
-        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name, stamp=None)
-        for name, tensor in table.items()
-    }
 
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> list[str]:
@@ -419,10 +441,10 @@ def _weight_files(names: list[str]) -> list[str]:
 
 def _no_safetensors(repo_id: str, names: list[str]) -> HubError:
     expected = f"{SINGLE}, or shards with {INDEX}"
-    for pattern, what, fix in FOREIGN_FILES:
-        matches = [name for name in names if fnmatch(name, pattern)]
-        if matches:
-            return HubError(f"{repo_id}: {what}", expected=expected, found=_few(matches), fix=fix)
+    known = what_else(Path("DIR"), names)  # where they are once they are downloaded
+    if known is not None:
+        what, found, fix = known
+        return HubError(f"{repo_id}: {what}", expected=expected, found=_few(found), fix=fix)
     return HubError(
         f"{repo_id}: no safetensors checkpoint at the top of the repository",
         expected=expected,

@@ -40,7 +40,11 @@ from gguf3n.validation.document import Table, markdown, markdown_block, markdown
 PICTURE = "size-quality.svg"
 BEGIN = re.compile(r"<!-- gguf3n:begin(?: repo=(?P<repo>[\w./-]+))? -->")
 END = "<!-- gguf3n:end -->"
-IMATRIX = "imatrix"
+NO_MODELS = {
+    "imatrix": "The importance matrix: for making other files, not for running.",
+    "adapter": "An adapter: with llama-server, --lora and this file beside the model that it was made for.",
+}
+"""general.type of files that are not run by themselves, and what the card says of them."""
 GOOD_BITS = 5.0
 """A weight: of a file to recommend where there is no Q4_K_M and no Q8_0."""
 GIB = 1 << 30
@@ -54,7 +58,7 @@ class FileFacts:
     Args:
         name: of a split file, that of its first part.
         n_bytes: of all parts.
-        kind: general.architecture, or "imatrix".
+        kind: general.architecture, or one of NO_MODELS.
         calibration: the importance matrix and the texts that it was measured on, where there is one.
     """
 
@@ -134,11 +138,11 @@ def read_facts(path: str | Path) -> FileFacts:
     """What a card says of a file. Raises: GGUFError; SourceError for the file of another model."""
     gguf = open_gguf(path)
     said = gguf.keys.get(Keys.General.TYPE)
-    kind = IMATRIX if said is not None and said.value == IMATRIX else architecture(gguf) or "nothing"
-    if kind not in (TEXT_ARCH, ENCODERS_ARCH, IMATRIX):
+    kind = str(said.value) if said is not None and said.value in NO_MODELS else architecture(gguf) or "nothing"
+    if kind not in (TEXT_ARCH, ENCODERS_ARCH, *NO_MODELS):
         raise SourceError(
             f"{path}: not a file of Gemma 3n",
-            expected=f"general.architecture {TEXT_ARCH} or {ENCODERS_ARCH}, or an importance matrix",
+            expected=f"general.architecture {TEXT_ARCH} or {ENCODERS_ARCH}, an importance matrix or an adapter",
             found=kind,
             fix="keep the files of other models in other directories",
         )
@@ -382,14 +386,14 @@ def _cells(row: CardRow) -> list[str]:
 
 
 def _size(fact: FileFacts) -> list[str]:
-    bits = "" if fact.kind == IMATRIX else f"{fact.bits_per_weight:.2f}"
+    bits = "" if fact.kind in NO_MODELS else f"{fact.bits_per_weight:.2f}"
     return [bits, f"{fact.n_bytes / GIB:.2f}"]
 
 
 def _advice(fact: FileFacts) -> str:
     """What our recipe of this name says of itself."""
-    if fact.kind == IMATRIX:
-        return "The importance matrix: for making other files, not for running."
+    if fact.kind in NO_MODELS:
+        return NO_MODELS[fact.kind]
     part = For.TEXT if fact.is_model else For.MMPROJ
     try:
         summary = "" if fact.recipe_name is None else find_recipe(fact.recipe_name, part).summary

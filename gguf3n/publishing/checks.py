@@ -33,7 +33,7 @@ from gguf3n.publishing.repository import Repository, open_repository
 
 CARD, NOTICE_FILE, PRESET = "README.md", "Notice", "preset.ini"
 MMPROJ = "mmproj-"
-NO_MODEL_TYPES = ("mmproj", "imatrix")
+NO_MODEL_TYPES = ("mmproj", "imatrix", "adapter")
 """general.type of files that are rightly called no models."""
 
 TEXT, IMAGES = "text-generation", "image-text-to-text"

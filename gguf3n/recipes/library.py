@@ -16,8 +16,8 @@ from gguf3n.errors import UsageError
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.small_file import MAX_RECIPE_BYTES, read_text
 from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, For, ImageRows, Keep, Recipe, Rule
-from gguf3n.recipes.regexes import check_regex
 from gguf3n.recipes.toml import A_TYPE, RecipeFile, parse, parse_type
+from gguf3n.regexes import check_regex
 
 SUFFIX = ".toml"
 SHARED = "_"

@@ -27,8 +27,7 @@ ple = "Q4_K"
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,23 +36,16 @@ from gguf.constants import LlamaFileType
 
 from gguf3n.errors import UsageError, shown
 from gguf3n.formats.ggml_types import GGML_TYPES
+from gguf3n.formats.toml_text import QUOTED, logical_lines, parse_toml
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
 from gguf3n.recipes.model import For, ImageRows, Keep, Rule
-from gguf3n.recipes.regexes import check_regex
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from gguf3n.regexes import check_regex
 
 RULES = "rules"
 """The value of `unevaluated` that means no type of its own."""
-QUOTED = r"\"[^\"]*\"|'[^']*'"
 NAME_PART = QUOTED + r"|[^.\s]+"
 """Of a dotted key."""
-MAX_DOTS = 64
-"""In a line, outside of strings. tomllib takes a minute for a key of 32,000 parts."""
 MAX_NUMBER = 1 << 31
 """Of layers or weights."""
 BASE = "base"
@@ -188,15 +180,7 @@ def parse(text: str, origin: str, *, strict: bool) -> RecipeFile:
 
     Raises: UsageError with the line.
     """
-    for number, line in _logical_lines(text):
-        if re.sub(QUOTED, "", line).partition("#")[0].count(".") > MAX_DOTS:
-            raise UsageError(f"{origin}, line {number}: a key of too many parts", expected=f"at most {MAX_DOTS}")
-    try:
-        raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # not TOML; a number of too many digits; nested too deep
-        match = re.search(r"\(at line (\d+), column \d+\)", str(error))
-        where = f", line {match[1]}" if match else ""
-        raise UsageError(f"{origin}{where}: not TOML", found=str(error)) from error
+    raw = parse_toml(text, origin)
     lines = _Lines(text, origin)
     settings, rules, variants = dict(raw), raw.pop("rule", []), raw.pop("variant", {})
     settings = _parse_table(raw, SETTINGS, lines, "", ("rule", "variant"))
@@ -264,7 +248,7 @@ class _Lines:
         self.origin = origin
         self.numbers: dict[tuple[str, str], int] = {}
         table, n_rules = "", 0
-        for number, line in _logical_lines(text):
+        for number, line in logical_lines(text):
             key, equals, _ = line.strip().partition("=")
             if key.startswith("["):
                 table = re.sub(r"[\"' ]", "", key.lstrip("[").partition("]")[0])
@@ -284,16 +268,3 @@ class _Lines:
         """As in "mine.toml, line 12"."""
         number = self.numbers.get((table, key)) or self.numbers.get((table, "")) or self.numbers.get(("", key))
         return self.origin if number is None else f"{self.origin}, line {number}"
-
-
-def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines that can hold a key or a header: not those inside multi-line strings."""
-    inside: str | None = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if inside is None:
-            yield number, line
-        for quotes in re.findall(r'"""|\'\'\'', line):
-            if inside is None:
-                inside = quotes
-            elif inside == quotes:
-                inside = None

@@ -72,7 +72,7 @@ def check_saved(
         if saved.metadata[name] != wanted[name]:
             raise UsageError(
                 f"{saved.path} was made of {what}",
-                expected=str(part.source.path),
+                expected=part.source.read_from,
                 found=saved.metadata.get("reference", "unknown"),
                 fix=AGAIN,
             )

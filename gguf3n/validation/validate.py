@@ -7,7 +7,7 @@ validation.verdict, validation.stages[Stage.LOGITS].divergence.mean
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,9 @@ from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.gguf_layout import MAGIC
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
+from gguf3n.gemma3n.lora import check_no_adapter
 from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, mmproj_part, text_part
+from gguf3n.gemma3n.slice_keys import as_in_file
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
@@ -59,13 +61,29 @@ class Validation:
         }
 
 
-def read_reference(reference: str | Path, *, revision: str | None = None, show_progress: bool = False) -> Source:
+def read_reference(
+    reference: str | Path,
+    *,
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    adapter_scale: float = 1.0,
+    show_progress: bool = False,
+) -> Source:
     """What a file is held against: a checkpoint directory, a Hub id, or an unquantized GGUF file.
+
+    Args:
+        adapters, adapter_scale: merged into a checkpoint, as for `read_source`.
 
     Raises: SourceError or a class below it, HubError, GGUFError; UsageError for a quantized GGUF file.
     """
-    if not os.path.isfile(reference) or revision is not None:
-        return read_source(reference, revision=revision, show_progress=show_progress)
+    if not os.path.isfile(reference) or revision is not None or adapters:
+        return read_source(
+            reference,
+            revision=revision,
+            adapters=adapters,
+            adapter_scale=adapter_scale,
+            show_progress=show_progress,
+        )
     try:
         return read_gguf(reference)
     except UsageError as error:
@@ -130,20 +148,22 @@ def validate(
 
 
 def part_for(candidate: Candidate, source: Source) -> Part:
-    """What a file should be: its source's text model, or those encoders that the file says it has.
+    """What a file should be: its source's text model, the slice of it, or those encoders that the file says it has.
 
-    Raises: SourceError or a class below it; GGUFError for a source.
+    Raises: SourceError or a class below it, also for an adapter; GGUFError for a source.
     """
     try:
         keys = candidate.gguf.keys
     except GGUFError:  # the stages say what is wrong with it
         return text_part(source, beside=ENCODERS)
 
+    check_no_adapter(candidate.gguf)
+
     def says(name: str) -> bool:
         return name in keys and keys[name].value is True
 
     if Keys.General.ARCHITECTURE not in keys or keys[Keys.General.ARCHITECTURE].value != mmproj.ARCH:
-        return text_part(source, beside=ENCODERS)
+        return text_part(as_in_file(source, keys) if isinstance(source, Checkpoint) else source, beside=ENCODERS)
     vision, audio = (says(f"clip.has_{what}_encoder") for what in ("vision", "audio"))
     neither = not vision and not audio  # a fault that the stages find
     return mmproj_part(source, vision=vision or neither, audio=audio or neither)

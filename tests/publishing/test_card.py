@@ -217,6 +217,12 @@ def test_what_files_say_is_only_text(folder: Path) -> None:
     assert "a|b &lt;b&gt; `c` $(rm)-Q6_K.gguf" in body and body.count("<tr>") == 7
 
 
+def test_an_adapter_is_no_model(folder: Path) -> None:
+    set_key(folder / "tiny-Q8_0.gguf", "general.type", VT.STRING, "adapter")
+    rows = {row[0].strip("`"): row for row in table(write(folder))}
+    assert rows["tiny-Q8_0.gguf"][1:3] == ["", ""] and rows["tiny-Q8_0.gguf"][-1].startswith("An adapter")
+
+
 def test_a_date_only_where_one_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     assert source_date() is None

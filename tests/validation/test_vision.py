@@ -184,8 +184,8 @@ def test_a_tokenizer_that_cuts_a_text_otherwise_when_more_follows(seeing: Path) 
     class Other:
         source = gguf3n.read_source(seeing)
 
-        def token_ids(self, before: str, after: str) -> list[int]:
-            return [len(after)]
+        def prompts(self, before: str, afters: list[str]) -> list[list[int]]:
+            return [[len(after)] for after in afters]
 
     with pytest.raises(SourceError) as caught:
         module._reference_rows(Other(), 256, EndRows(np.ones(1, np.float32), np.ones(1, np.float32)), lambda: None)  # type: ignore[arg-type]
