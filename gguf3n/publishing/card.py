@@ -138,7 +138,9 @@ def read_facts(path: str | Path) -> FileFacts:
     """What a card says of a file. Raises: GGUFError; SourceError for the file of another model."""
     gguf = open_gguf(path)
     said = gguf.keys.get(Keys.General.TYPE)
-    kind = str(said.value) if said is not None and said.value in NO_MODELS else architecture(gguf) or "nothing"
+    kind = architecture(gguf) or "nothing"
+    if said is not None and isinstance(said.value, str) and said.value in NO_MODELS:
+        kind = said.value
     if kind not in (TEXT_ARCH, ENCODERS_ARCH, *NO_MODELS):
         raise SourceError(
             f"{path}: not a file of Gemma 3n",

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 from markdown_it import MarkdownIt
 
 import gguf3n
-import gguf3n.cli
 from gguf3n.errors import Gguf3nError, OutputError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, write_imatrix
@@ -30,6 +28,7 @@ from gguf3n.publishing.checks import TAGGED, lint_repository
 from gguf3n.publishing.dates import source_date
 from gguf3n.publishing.measured import read_measured
 from gguf3n.publishing.terms import SENTENCE
+from tests.command_line import Run
 from tests.inspection.faults import set_key
 
 REPO, BASE = "me/tiny-GGUF", "google/gemma-3n-E2B-it"
@@ -322,19 +321,16 @@ def test_a_read_only_card_leaves_everything_as_it_was(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == before
 
 
-def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(folder: Path, run: Run) -> None:
     report(folder, "tiny-Q4_K_M.gguf")
-    monkeypatch.setattr(sys, "argv", ["gguf3n", "card", str(folder), "--repo", REPO, "--json"])
-    with pytest.raises(SystemExit) as ended:
-        gguf3n.cli.main()
-    assert ended.value.code == 0
-    captured = capsys.readouterr()
-    result = json.loads(captured.out)
+    said = run("card", folder, "--repo", REPO, "--json")
+    assert said.code == 0
+    result = json.loads(said.out)
     assert set(result) == {"schema", "path", "repo", "outputs", "files", "notices"}
     assert [Path(path).name for path in result["outputs"]] == ["README.md", "Notice", "SHA256SUMS"]
     (chosen,) = [file for file in result["files"] if file["recommended"]]
     assert chosen["name"] == "tiny-Q4_K_M.gguf" and chosen["kl"] == 0.02 and chosen["tag"] == "Q4_K_M"
-    assert "note: the card does not say of which model" in captured.err
+    assert "note: the card does not say of which model" in said.err
 
 
 def test_facts(made: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import gguf3n
-import gguf3n.cli
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_reader import LFS_POINTER
 from gguf3n.formats.hub import file_hash
@@ -23,6 +22,7 @@ from gguf3n.inspection.lint import CHECKS
 from gguf3n.publishing.checks import REPOSITORY_CHECKS, RepositoryReport, lint_repository
 from gguf3n.publishing.ollama import TEMPLATE
 from gguf3n.publishing.terms import NOTICE
+from tests.command_line import Run
 from tests.formats.hub_server import HubServer
 from workshop.places import ROOT
 
@@ -202,7 +202,7 @@ def hub() -> Iterator[HubServer]:
     server.close()
 
 
-def run(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GITHUB_"))}
     command = [sys.executable, "-m", "gguf3n", *map(str, arguments)]
     return subprocess.run(
@@ -215,30 +215,20 @@ def test_a_repository_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     files = with_fault("other-file") | {"m-imatrix-Q8_0.gguf": b"GGUF"}
     hub.add("me/m-GGUF", files | card("(m-Q4_K_M.gguf)", "(https://huggingface.co/me/m-GGUF/blob/main/no.gguf)"))
     env = {"HF_ENDPOINT": hub.url(), "HF_HOME": str(tmp_path)}
-    answer = run("lint", "me/m-GGUF", "--json", cwd=tmp_path, **env)
+    answer = in_a_process("lint", "me/m-GGUF", "--json", cwd=tmp_path, **env)
     assert answer.returncode == 12, answer.stderr
     result = json.loads(answer.stdout)
     assert [found["id"] for found in result["findings"]] == ["hidden-model", "other-file", "dead-link"]
     assert result["path"] == "me/m-GGUF" and len(result["tags"]) == 4
     assert set(hub.fetched()) == {"README.md", "Notice", "template", "params", "system"}
-    answer = run("lint", "me/nothing", "--json", cwd=tmp_path, **env)
+    answer = in_a_process("lint", "me/nothing", "--json", cwd=tmp_path, **env)
     assert answer.returncode == 8 and json.loads(answer.stdout)["error"] == "HubError"
 
 
 @pytest.fixture
-def lint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def lint(run: Run) -> Callable[..., tuple[int, str]]:
     """`lint(path, "--json")`: exit code and stdout."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["gguf3n", "lint", *map(str, arguments)])
-        code: Any = 0
-        try:
-            gguf3n.cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return int(code), capsys.readouterr().out
-
-    return run
+    return lambda *arguments: run("lint", *arguments)[:2]
 
 
 def test_the_command_tells_tags_and_findings(lint: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
