@@ -207,7 +207,7 @@ def make_card(
     away = elsewhere or {}
     paths = labels.listed({*open_repository(directory).sizes, *away})
     here = [path for path in paths if path.endswith(labels.SUFFIX) and path not in away]
-    heads = [path for path in here if (labels.split_part(path) or (1, 1))[0] == 1]
+    heads = [path for path in here if labels.is_first(path)]
     facts = [replace(read_facts(directory / path), name=path) for path in heads]
     facts += [replace(fact, name=name) for name, (fact, _) in away.items()]
     found = measured if measured is not None else read_measured(directory, [fact.name for fact in facts])

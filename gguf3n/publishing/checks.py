@@ -72,10 +72,10 @@ class Seen:
     @cached_property
     def models(self) -> list[str]:
         """Files that llama.cpp takes for models; of a split one its first part."""
-        return [path for path in self.paths if labels.is_model(path) and (labels.split_part(path) or (1, 1))[0] == 1]
+        return [path for path in self.paths if labels.is_model(path) and labels.is_first(path)]
 
     @cached_property
-    def labels(self) -> dict[str, list[str]]:
+    def by_label(self) -> dict[str, list[str]]:
         """The models of each label."""
         return dict(islice(labels.tags(self.paths).items(), MAX_FINDINGS))
 
@@ -139,26 +139,26 @@ def no_label(seen: Seen) -> Iterator[Found]:
 
 
 def same_label(seen: Seen) -> Iterator[Found]:
-    for label, paths in seen.labels.items():
+    for label, paths in seen.by_label.items():
         if len(paths) > 1:
             yield Found(label, f"is the label of {' and of '.join(paths)}")
 
 
 def other_file(seen: Seen) -> Iterator[Found]:
-    for label, paths in seen.labels.items():
+    for label, paths in seen.by_label.items():
         given = labels.llama_cpp_file(seen.paths, label)
         if given is not None and given not in paths:
             yield Found(f":{label}", f"gives {given} in llama.cpp, not {paths[0]}")
 
 
 def unreachable(seen: Seen) -> Iterator[Found]:
-    for label, paths in seen.labels.items():
+    for label, paths in seen.by_label.items():
         if labels.llama_cpp_file(seen.paths, label) is None:
             yield Found(paths[0], f"is not found by :{label}")
 
 
 def borrowed_tag(seen: Seen) -> Iterator[Found]:
-    found = seen.labels
+    found = seen.by_label
     for label in found:
         plain = label.removeprefix("UD-")
         given = labels.llama_cpp_file(seen.paths, plain)
@@ -167,7 +167,7 @@ def borrowed_tag(seen: Seen) -> Iterator[Found]:
 
 
 def no_default(seen: Seen) -> Iterator[Found]:
-    found = seen.labels
+    found = seen.by_label
     if seen.models and labels.DEFAULTS[0] not in found:
         given = labels.llama_cpp_file(seen.paths)
         yield said("no tag", f"no {labels.DEFAULTS[0]}: without a tag llama.cpp gives {given}")
@@ -505,7 +505,7 @@ def lint_repository(source: str | Path | Repository, *, with_data: bool = False)
 def _tags(seen: Seen) -> Iterator[str | None]:
     if seen.models:
         yield None
-    yield from sorted(seen.labels)
+    yield from sorted(seen.by_label)
 
 
 def _tag(seen: Seen, tag: str | None) -> Tag:

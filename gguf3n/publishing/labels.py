@@ -68,6 +68,11 @@ def split_part(path: str) -> tuple[int, int] | None:
     return None if found is None else (int(found["index"]), int(found["count"]))
 
 
+def is_first(path: str) -> bool:
+    """Whether a file is a whole one, or the first part of a split one."""
+    return (split_part(path) or (1, 1))[0] == 1
+
+
 def listed(paths: Iterable[str]) -> list[str]:
     """In the order in which the Hub lists them: git's, by the bytes of the whole path."""
     return sorted(paths, key=lambda path: path.encode("utf-8", "surrogateescape"))
@@ -80,7 +85,7 @@ def llama_cpp_file(paths: Iterable[str], tag: str | None = None) -> str | None:
         paths: all files, in any order.
         tag: None where the user gives none.
     """
-    models = [path for path in listed(paths) if is_model(path) and (split_part(path) or (1, 1))[0] == 1]
+    models = [path for path in listed(paths) if is_model(path) and is_first(path)]
     for wanted in DEFAULTS if tag is None else (tag,):
         pattern = re.compile(re.escape(wanted) + "[.-]", re.IGNORECASE)
         for path in models:
@@ -127,6 +132,6 @@ def tags(paths: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in listed(paths):
         label = hub_label(path)
-        if is_model(path) and label is not None and (split_part(path) or (1, 1))[0] == 1:
+        if is_model(path) and label is not None and is_first(path):
             found.setdefault(label, []).append(path)
     return found
