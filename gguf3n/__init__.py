@@ -69,6 +69,10 @@ if TYPE_CHECKING:
     from gguf3n.inspection.statistics import Risk, Skipped, Statistics, TensorStatistics, f16_risks, measure_statistics
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
+    from gguf3n.publishing.card import Card, CardRow, FileFacts, make_card, read_facts
+    from gguf3n.publishing.checks import RepositoryReport, Tag, lint_repository
+    from gguf3n.publishing.measured import Measured
+    from gguf3n.publishing.ollama import OllamaFiles, ollama_files
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.slicing import write_slice
@@ -86,6 +90,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Card",
+    "CardRow",
     "Check",
     "Checkpoint",
     "CheckpointError",
@@ -97,6 +103,7 @@ __all__ = [
     "Divergence",
     "Edit",
     "Entry",
+    "FileFacts",
     "Finding",
     "FindingsError",
     "Fix",
@@ -120,8 +127,10 @@ __all__ = [
     "LowRank",
     "MappedTensor",
     "MappingError",
+    "Measured",
     "Measurement",
     "OfLength",
+    "OllamaFiles",
     "OutputError",
     "Padded",
     "Part",
@@ -134,6 +143,7 @@ __all__ = [
     "Recipe",
     "Repair",
     "Report",
+    "RepositoryReport",
     "Risk",
     "RowReader",
     "Rule",
@@ -151,6 +161,7 @@ __all__ = [
     "Statistics",
     "Stored",
     "StructureResult",
+    "Tag",
     "TensorChange",
     "TensorError",
     "TensorStatistics",
@@ -175,16 +186,20 @@ __all__ = [
     "find_recipe",
     "find_slice",
     "lint",
+    "lint_repository",
+    "make_card",
     "measure_importance",
     "measure_statistics",
     "merge_imatrices",
     "mmproj_part",
+    "ollama_files",
     "open_gguf",
     "parse_options",
     "parse_validation",
     "plan",
     "plan_adapter",
     "quantize",
+    "read_facts",
     "read_gguf",
     "read_imatrix",
     "read_recipe",
@@ -200,6 +215,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Card": "publishing.card",
+    "CardRow": "publishing.card",
     "Check": "inspection.lint",
     "Checkpoint": "gemma3n.source",
     "CheckpointError": "errors",
@@ -211,6 +228,7 @@ _HOMES = {
     "Divergence": "validation.divergence",
     "Edit": "inspection.edit",
     "Entry": "formats.imatrix",
+    "FileFacts": "publishing.card",
     "Finding": "inspection.lint",
     "FindingsError": "errors",
     "Fix": "inspection.repair",
@@ -234,8 +252,10 @@ _HOMES = {
     "LowRank": "formats.rows",
     "MappedTensor": "gemma3n.mapping",
     "MappingError": "errors",
+    "Measured": "publishing.measured",
     "Measurement": "engines.activations",
     "OfLength": "formats.rows",
+    "OllamaFiles": "publishing.ollama",
     "OutputError": "errors",
     "Padded": "formats.rows",
     "Part": "gemma3n.part",
@@ -248,6 +268,7 @@ _HOMES = {
     "Recipe": "recipes",
     "Repair": "inspection.repair",
     "Report": "inspection.lint",
+    "RepositoryReport": "publishing.checks",
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
@@ -265,6 +286,7 @@ _HOMES = {
     "Statistics": "inspection.statistics",
     "Stored": "formats.rows",
     "StructureResult": "validation.structure",
+    "Tag": "publishing.checks",
     "TensorChange": "inspection.diff",
     "TensorError": "validation.tensor_errors",
     "TensorStatistics": "inspection.statistics",
@@ -289,16 +311,20 @@ _HOMES = {
     "find_recipe": "recipes",
     "find_slice": "gemma3n.named_slices",
     "lint": "inspection.lint",
+    "lint_repository": "publishing.checks",
+    "make_card": "publishing.card",
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
     "mmproj_part": "gemma3n.part",
+    "ollama_files": "publishing.ollama",
     "open_gguf": "formats.gguf_reader",
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
     "plan_adapter": "adapter_file",
     "quantize": "quants.api",
+    "read_facts": "publishing.card",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
     "read_recipe": "conversion",

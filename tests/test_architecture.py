@@ -40,14 +40,18 @@ BELOW: dict[str, set[str]] = {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
         "outside", "plots", "progress", "workers",
     },
+    "publishing": {
+        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
+        "plots", "validation", "outside", "progress", "workers", "",
+    },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "adapter_file", "slicing", "validation", "outside", "progress", "workers", "",
+        "adapter_file", "slicing", "publishing", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "adapter_file", "engines", "slicing", "validation",
+        "adapter_file", "engines", "slicing", "publishing", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

@@ -41,6 +41,15 @@ def hostile_file(path: Path, template: str = f"::error::first{EVIL}", name: str 
     return path
 
 
+def hostile_folder(path: Path) -> Path:
+    """A repository whose files are called as nobody calls them."""
+    path.mkdir()
+    hostile_file(path / f"::error::x{EVIL}-Q4_K_M.gguf")
+    (path / "README.md").write_text(f"---\nlicense: '::error::{EVIL!r}'\n---\n[x](::error::x\x1b[2J)\n", "utf-8")
+    (path / "params").write_text(json.dumps({f"::error::x{EVIL}": 1}))
+    return path
+
+
 def harmless(text: str) -> bool:
     """Whether lines only say something."""
     lines = text.split("\n")
@@ -61,6 +70,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "tokens": ("inspect", "FILE", "--tokens", "0:1"),
     "lint": ("lint", "FILE"),
     "lint deep": ("lint", "FILE", "--deep"),
+    "lint of a directory": ("lint", "FOLDER"),
+    "card": ("card", "FOLDER"),
+    "card of nothing": ("card", f"::error::x{EVIL}"),
+    "card for nobody": ("card", "FOLDER", "--repo", f"::error::x{EVIL}"),
+    "ollama": ("ollama", "FILE", "-o", "FOLDER"),
+    "ollama's system": ("ollama", "FILE", "--system", f"::error::x{EVIL}"),
     "repair": ("repair", "FILE", "--dry-run"),
     "edit": ("edit", "FILE", "--set", f"general.name=a{EVIL}", "--dry-run"),
     "edit with an unknown key": ("edit", "FILE", "--unset", f"::error::x{EVIL}"),
@@ -82,6 +97,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_nothing_that_a_command_prints_acts(case: str, run: Run, tmp_path: Path) -> None:
     paths = {"FILE": hostile_file(tmp_path / "a.gguf"), "OTHER": hostile_file(tmp_path / "b.gguf", name="::error::u")}
+    paths["FOLDER"] = hostile_folder(tmp_path / "folder")
     _, out, err = run(*(paths.get(word, word) for word in COMMANDS[case]))
     assert out or err
     assert harmless(out), out

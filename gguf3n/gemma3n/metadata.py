@@ -76,7 +76,7 @@ def general_keys(
     sampling = read_checkpoint_json(generation) if is_there(generation, ConfigError) else {}
     try:
         if is_there(card, ConfigError):
-            _check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
+            check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
         _check_sampling(metadata, sampling, generation)
@@ -126,7 +126,7 @@ def _make_base(metadata: Any, repo_id: str | None, changes: Sequence[str]) -> No
     metadata.finetune = "-".join([*filter(None, [metadata.finetune]), *changes])
 
 
-def _check_front_matter(text: str) -> None:
+def check_front_matter(text: str) -> None:
     """Refuse what YAML would make too much of. Raises: ValueError, yaml.YAMLError."""
     import yaml
 
