@@ -13,6 +13,7 @@ import pytest
 
 import gguf3n
 from gguf3n.engines.reference import Reference
+from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.formats.rows import RowReader, chunks
 from gguf3n.gemma3n.adapter import REFUSED, read_adapter
 from gguf3n.gemma3n.merging import merge
@@ -23,7 +24,8 @@ from gguf3n.recipes import find_recipe
 from tests import micro
 from tests.gemma3n import trained
 
-peft = pytest.importorskip("peft")
+declare_operators()  # peft looks at torchvision
+peft = pytest.importorskip("peft", exc_type=ModuleNotFoundError)
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Q = {"r": 2, "target_modules": ["q_proj"]}
