@@ -202,7 +202,7 @@ def _print_checks(*, as_json: bool) -> None:
         rows_of = {name: [{**c.as_dict(), "group": c.group.value} for c in table] for name, table in tables.items()}
         print_json({"schema": SCHEMA, **rows_of})
         return
-    every = (*CHECKS, *REPOSITORY_CHECKS)
+    every: tuple[Check[Any], ...] = (*CHECKS, *REPOSITORY_CHECKS)
     rows = [(check.id, LABELS[check.severity], check) for check in every]
     for line, (_, _, check) in zip(columns([row[:2] for row in rows], "<<"), rows, strict=True):
         data = " (with --deep)" if check.group.reads_data else ""
