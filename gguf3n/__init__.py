@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from gguf3n.inspection.statistics import Risk, Skipped, Statistics, TensorStatistics, f16_risks, measure_statistics
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
+    from gguf3n.publishing.manifest import Manifest, make_manifest, read_manifest, record_source, write_manifest
+    from gguf3n.publishing.verify import Verification, verify
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.validation.divergence import Divergence
@@ -100,6 +102,7 @@ __all__ = [
     "Limits",
     "LogitsResult",
     "LowRank",
+    "Manifest",
     "MappedTensor",
     "MappingError",
     "Measurement",
@@ -138,6 +141,7 @@ __all__ = [
     "Validation",
     "ValidationOptions",
     "Verdict",
+    "Verification",
     "View",
     "VisionResult",
     "Zeros",
@@ -148,6 +152,7 @@ __all__ = [
     "f16_risks",
     "find_recipe",
     "lint",
+    "make_manifest",
     "measure_importance",
     "measure_statistics",
     "merge_imatrices",
@@ -159,13 +164,17 @@ __all__ = [
     "quantize",
     "read_gguf",
     "read_imatrix",
+    "read_manifest",
     "read_recipe",
     "read_source",
+    "record_source",
     "repair",
     "text_part",
     "validate",
+    "verify",
     "write",
     "write_imatrix",
+    "write_manifest",
     "write_report",
 ]
 
@@ -202,6 +211,7 @@ _HOMES = {
     "Limits": "validation.logits",
     "LogitsResult": "validation.logits",
     "LowRank": "formats.rows",
+    "Manifest": "publishing.manifest",
     "MappedTensor": "gemma3n.mapping",
     "MappingError": "errors",
     "Measurement": "engines.activations",
@@ -240,6 +250,7 @@ _HOMES = {
     "Validation": "validation.validate",
     "ValidationOptions": "validation.options",
     "Verdict": "validation.result",
+    "Verification": "publishing.verify",
     "View": "formats.rows",
     "VisionResult": "validation.vision",
     "Zeros": "formats.rows",
@@ -250,6 +261,7 @@ _HOMES = {
     "f16_risks": "inspection.statistics",
     "find_recipe": "recipes",
     "lint": "inspection.lint",
+    "make_manifest": "publishing.manifest",
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
@@ -261,13 +273,17 @@ _HOMES = {
     "quantize": "quants.api",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
+    "read_manifest": "publishing.manifest",
     "read_recipe": "conversion",
     "read_source": "conversion",
+    "record_source": "publishing.manifest",
     "repair": "inspection.repair",
     "text_part": "gemma3n.part",
     "validate": "validation.validate",
+    "verify": "publishing.verify",
     "write": "conversion",
     "write_imatrix": "formats.imatrix",
+    "write_manifest": "publishing.manifest",
     "write_report": "validation.report",
 }
 

@@ -37,14 +37,18 @@ BELOW: dict[str, set[str]] = {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
         "outside", "plots", "progress", "workers",
     },
+    "publishing": {
+        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "validation",
+        "outside", "progress", "workers", "",
+    },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "validation", "outside", "progress", "workers", "",
+        "validation", "publishing", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "engines", "validation",
+        "engines", "publishing", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

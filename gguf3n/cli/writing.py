@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,12 @@ from gguf3n.cli.validate import print_validation, validation_json
 from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
 from gguf3n.engines.vision_reference import check_packages
 from gguf3n.errors import FindingsError, UsageError
+from gguf3n.formats.whole_file import check_not_input, check_output, make_directory
 from gguf3n.gemma3n.part import PartKind
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.inspection.lint import Finding
 from gguf3n.planning import Plan, make_plan
+from gguf3n.publishing.manifest import make_manifest, manifest_path, record_source, write_manifest
 from gguf3n.recipes import For, find_recipe
 from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.logits import check_fits
@@ -53,6 +56,7 @@ class Writing:
     against: options.Against = None
     threads: options.Threads = None
     dry_run: options.DryRun = False
+    manifest: options.Manifest = False
     validate: options.Validate = False
     stages: options.Stages = None
     report: options.Report = None
@@ -114,6 +118,8 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         if len(conversion.recipes) > 1:
             raise UsageError(f"one report for {len(conversion.recipes)} files", fix="validate them one by one")
         check_report(wanted.report, force=wanted.force)
+    if wanted.manifest and wanted.dry_run:
+        raise UsageError("--manifest with --dry-run, which writes nothing to describe")
     plans = plan_files(source, conversion)
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
@@ -123,6 +129,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     if wanted.dry_run:
         _show(plans, conversion, wanted, result)
         return
+    manifests = _manifest_paths(plans, conversion) if wanted.manifest else []
     with progress_bar(quiet=wanted.quiet) as progress:
         written = write(
             plans,
@@ -132,6 +139,11 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
             force=conversion.force,
             progress=progress,
         )
+    if manifests:
+        recorded = record_source(source)
+        for each, path in zip(written, manifests, strict=True):
+            manifest = make_manifest(each, conversion, recorded, ["gguf3n", *sys.argv[1:]])
+            write_manifest(manifest, path, force=conversion.force)
     if not wanted.json:
         _print_written(written)
     validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)
@@ -140,6 +152,8 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     if wanted.json:
         result["seconds"] = round(written[0].seconds, 3)
         result["outputs"] = [_plan_json(each.plan, each.path, with_tensors=False) for each in written]
+        for entry, path in zip(result["outputs"], manifests, strict=False):
+            entry["manifest"] = str(path)
         for entry, found in zip(result["outputs"], validations, strict=False):
             entry["validation"] = validation_json(found)
         print_json(result)
@@ -176,6 +190,17 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
         return
     for each, path, other in zip(plans, paths, others, strict=True):
         _print_plan(each, path, other)
+
+
+def _manifest_paths(plans: Sequence[Plan], conversion: ConversionOptions) -> list[Path]:
+    """Where the manifests will stand. Raises: OutputError where one can't, before any work."""
+    names = [each.part.file_name(each.recipe.name) for each in plans]
+    paths = [manifest_path(path) for path in output_paths(names, conversion.output)]
+    for path in paths:
+        make_directory(path.parent)
+        check_not_input(path, *conversion.inputs)
+        check_output(path, force=conversion.force)
+    return paths
 
 
 def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan:

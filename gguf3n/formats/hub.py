@@ -329,7 +329,7 @@ class _Download:
             expected = f"{metadata.size:,} bytes"
         else:
             try:
-                digest = _digest(path, is_sha256=len(metadata.etag) == 64)
+                digest = file_hash(path, is_sha256=len(metadata.etag) == 64)
             except BaseException:
                 path.unlink()  # a name in the cache is for what was checked; the bytes stay
                 raise
@@ -348,7 +348,7 @@ class _Download:
             )
 
 
-def _digest(path: Path, *, is_sha256: bool) -> str:
+def file_hash(path: Path, *, is_sha256: bool) -> str:
     """The hash by which the Hub names a file: SHA-256 of a large one, git's of the others."""
     if is_sha256:
         digest = hashlib.sha256()

@@ -51,9 +51,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Source):
-    """A directory in Hugging Face's layout. `repo_id`: the Hub's name of it, where it was fetched from there."""
+    """A directory in Hugging Face's layout. `repo_id`, `commit`: the Hub's, where it was fetched from there."""
 
     repo_id: str | None = None
+    commit: str | None = None
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def _fetched(repo_id: str, revision: str | None, *, weights: bool, show_progress
         tensors=stored_tensors(table.values()),
         notices=(cached,) if fetched.from_cache else (),
         repo_id=fetched.repo_id,
+        commit=fetched.commit,
     )
 
 

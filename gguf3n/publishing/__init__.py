@@ -1,0 +1,11 @@
+"""What stands around finished files so that others can find, choose and run them.
+
+labels.py       which file of a repository a tag gives, by the rules of llama.cpp, the Hub and Ollama
+repository.py   a directory or a repository on the Hub: names of files, and the small ones to read
+checks.py       what such a repository can have wrong, and the function that goes through it
+ollama.py       Modelfile, and the template and parameters that the Hub gives to Ollama
+front_matter.py a card's YAML: read, and changed a key at a time
+measured.py     what validation has said of the files beside its reports
+card.py         README.md, Notice, SHA256SUMS
+dates.py        SOURCE_DATE_EPOCH
+"""
