@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
     from gguf3n.publishing.manifest import Manifest, make_manifest, read_manifest, record_source, write_manifest
+    from gguf3n.publishing.publish import Publication, PublishedFile, publish
     from gguf3n.publishing.verify import Verification, verify
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
@@ -113,6 +114,8 @@ __all__ = [
     "PlannedTensor",
     "Problem",
     "Progress",
+    "Publication",
+    "PublishedFile",
     "QuantizationError",
     "Recipe",
     "Repair",
@@ -161,6 +164,7 @@ __all__ = [
     "parse_options",
     "parse_validation",
     "plan",
+    "publish",
     "quantize",
     "read_gguf",
     "read_imatrix",
@@ -222,6 +226,8 @@ _HOMES = {
     "PlannedTensor": "planning",
     "Problem": "validation.result",
     "Progress": "progress",
+    "Publication": "publishing.publish",
+    "PublishedFile": "publishing.publish",
     "QuantizationError": "errors",
     "Recipe": "recipes",
     "Repair": "inspection.repair",
@@ -270,6 +276,7 @@ _HOMES = {
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
+    "publish": "publishing.publish",
     "quantize": "quants.api",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",

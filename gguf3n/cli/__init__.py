@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, Command] = {
     "convert": Command("Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."),
     "quantize": Command("Quantize a GGUF file of Gemma 3n to one file, or to several from one read."),
     "validate": Command("Compare a GGUF file with its source, tensor by tensor, token by token."),
+    "publish": Command("Make GGUF files with card, checksums and manifests, and upload them."),
     "verify": Command("Make a GGUF file again from its source and its manifest; say where it differs."),
     "imatrix": Command(
         "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}

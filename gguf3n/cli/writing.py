@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +26,12 @@ from gguf3n.inspection.lint import Finding
 from gguf3n.planning import Plan, make_plan
 from gguf3n.publishing.manifest import make_manifest, manifest_path, record_source, write_manifest
 from gguf3n.recipes import For, find_recipe
-from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.logits import check_fits
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, Verdict
 from gguf3n.validation.stages import check_extra
-from gguf3n.validation.validate import Validation, run_stages
+from gguf3n.validation.validate import Validation, run_all
 from gguf3n.validation.vision import made_bytes
 
 
@@ -146,7 +144,14 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
             write_manifest(manifest, path, force=conversion.force)
     if not wanted.json:
         _print_written(written)
-    validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)
+    validations: list[Validation] = []
+    if validation is not None:
+        validations += run_all(
+            [(each.path, each.plan.part) for each in written],
+            validation,
+            watch=lambda: progress_bar(quiet=wanted.quiet),
+            notice=lambda text: print_note("note", text, quiet=wanted.quiet),
+        )
     if wanted.report is not None:
         write_report(validations[0], wanted.report, force=wanted.force)
     if wanted.json:
@@ -209,33 +214,6 @@ def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan
     if plan.part.kind is PartKind.TEXT:
         return plan_all(plan.part, [recipe], conversion.imatrix)[0]
     return make_plan(plan.part, recipe)
-
-
-def _validated(written: Sequence[Conversion], validation: ValidationOptions, *, quiet: bool) -> list[Validation]:
-    """Validate files of one source; the reference model is run once for all."""
-    validations: list[Validation] = []
-    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
-        kept = Path(folder, "reference.safetensors") if len(written) > 1 and Stage.LOGITS in validation.stages else None
-        texts = [each.path for each in written if each.plan.part.kind is PartKind.TEXT]
-        for each in written:
-            is_there = kept is not None and kept.exists()
-            chosen = replace(
-                validation,
-                save_reference=None if is_there else kept,
-                use_reference=kept if is_there else None,
-                text_model=texts[0] if texts else None,
-            )
-            with progress_bar(quiet=quiet) as progress:
-                validations.append(
-                    run_stages(
-                        Candidate(each.path),
-                        each.plan.part,
-                        chosen,
-                        progress=progress,
-                        notice=lambda text: print_note("note", text, quiet=quiet),
-                    )
-                )
-    return validations
 
 
 def _type_counts(plan: Plan) -> str:
