@@ -353,7 +353,7 @@ def write(
     check_threads(threads)
     if not plans:
         raise UsageError("nothing to write", expected="one plan or more", found="none")
-    paths = output_paths([plan.part.file_name(plan.recipe.name) for plan in plans], output)
+    paths = output_paths([plan.file_name for plan in plans], output)
     sources = {file for plan in plans for file in plan.part.source.files}
     for path in paths:
         check_not_input(path, *inputs, *sources)

@@ -62,6 +62,11 @@ class Plan:
     """What lint will say of the file, its notes left out; see `linted`."""
 
     @property
+    def file_name(self) -> str:
+        """What the file is called, unless its name is given."""
+        return self.part.file_name(self.recipe.label)
+
+    @property
     def total_bytes(self) -> int:
         return self.layout.total_bytes
 
@@ -130,9 +135,7 @@ def make_plan(
 
 def linted(plans: Sequence[Plan]) -> list[Plan]:
     """Plans of one part with what lint will say of their files."""
-    headers = [
-        HeaderInMemory(plan.part.file_name(plan.recipe.name), plan.layout.header, plan.total_bytes) for plan in plans
-    ]
+    headers = [HeaderInMemory(plan.file_name, plan.layout.header, plan.total_bytes) for plan in plans]
     return [replace(plan, findings=found) for plan, found in zip(plans, lint_headers(headers), strict=True)]
 
 

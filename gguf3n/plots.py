@@ -60,6 +60,8 @@ LABEL_OFFSETS = ((0, 9), (9, 0), (-9, 0), (9, 9), (-9, 9), (0, 18), (0, -9), (14
 """Where a number may stand beside its mark, in points, the first that is free."""
 
 
+GIB = 1 << 30
+
 LEAST_SHOWN = 1e-4
 """Share of the largest error: below it is the rounding of 16-bit tensors, which would take the space of all others."""
 
@@ -131,6 +133,49 @@ def write_statistics_plot(
         _place_numbers(panels[0], numbers)
         data = _rendered(figure, path.suffix.lower()[1:])
     write_whole(path, data, force=force)
+
+
+@dataclass(frozen=True)
+class SizePoint:
+    """A file of a repository: its size in bytes, and how far its next tokens are from the original's, in nats."""
+
+    name: str
+    n_bytes: int
+    divergence: float
+    is_recommended: bool = False
+
+
+def size_svg(points: Sequence[SizePoint]) -> str:
+    """Size against divergence of the files of a repository, as a page of its own that lies on white.
+
+    Raises: UsageError without matplotlib.
+    """
+    check_matplotlib()
+    with _style():
+        figure = _figure(1)
+        axes = figure.subplots()
+        shown = sorted((p for p in points if 0 < p.divergence < math.inf), key=lambda p: (p.n_bytes, p.name))
+        axes.set_yscale("log")
+        for gid, wanted, colour, marker, label in (
+            ("files", False, BLUE, "o", "files"),
+            ("recommended", True, VERMILION, "D", "recommended"),
+        ):
+            some = [point for point in shown if point.is_recommended is wanted]
+            if some:
+                xs, ys = [point.n_bytes / GIB for point in some], [point.divergence for point in some]
+                axes.scatter(xs, ys, s=48, c=colour, marker=marker, label=label, zorder=3).set_gid(gid)
+        _scale(axes, [point.divergence for point in shown])
+        axes.margins(x=0.12)
+        axes.set_ylabel("mean KL divergence, nats")
+        n_hidden = len(points) - len(shown)
+        axes.set_xlabel("size, GiB" + (f"; not shown: {n_hidden} of no or no finite divergence" if n_hidden else ""))
+        names = [
+            _label(axes, _cut(_shown(point.name)), (point.n_bytes / GIB, point.divergence)) for point in shown
+        ]
+        _legend(axes, below=True)
+        figure.draw_without_rendering()
+        _place_numbers(axes, names)
+        return _rendered(figure, "svg").decode()
 
 
 def error_svg(errors: Sequence[LayerError]) -> str:
@@ -368,10 +413,14 @@ def _number(axes: Any, text: str, at: tuple[float, float]) -> Any:
     """A number beside a mark, with a halo."""
     from matplotlib.patheffects import withStroke
 
+    return _label(axes, text, at, path_effects=[withStroke(linewidth=2.5, foreground="white")])
+
+
+def _label(axes: Any, text: str, at: tuple[float, float], **style: Any) -> Any:
+    """A text beside a mark, for `_place_numbers` to move."""
     return axes.annotate(
         text, at, xytext=LABEL_OFFSETS[0], textcoords="offset points", va="center", ha="center", fontsize=10,
-        fontweight="bold", zorder=5, annotation_clip=False,
-        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        fontweight="bold", zorder=5, annotation_clip=False, **style,
     )  # fmt: skip
 
 

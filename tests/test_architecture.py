@@ -38,8 +38,8 @@ BELOW: dict[str, set[str]] = {
         "outside", "plots", "progress", "workers",
     },
     "publishing": {
-        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "validation",
-        "outside", "progress", "workers", "",
+        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
+        "plots", "validation", "outside", "progress", "workers", "",
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",

@@ -55,11 +55,13 @@ COMMANDS: Mapping[str, Command] = {
         "List, show and extract quantizations.", {"list": "list_recipes", "show": "show", "extract": "extract"}
     ),
     "inspect": Command("Show what a GGUF file holds: a summary, or the views that are asked for."),
-    "lint": Command("Say what is wrong with a GGUF file, for which engine, and how to fix it."),
+    "lint": Command("Say what is wrong with GGUF files, for which engine, and how to fix it."),
     "repair": Command("Fix what can be fixed safely; leave every other tensor alone."),
     "edit": Command("Change keys without touching tensors: first --apply, then --unset, --rename, --set."),
     "diff": Command("Compare two GGUF files."),
     "stats": Command("Show statistics of every weight, vision and audio included."),
+    "ollama": Command("Write a Modelfile for Ollama, and the template, params and system files that the Hub gives to it."),
+    "card": Command("Write a repository's card: README.md, Notice and SHA256SUMS."),
 }
 """Every command, in the order of the help. The modules are imported when a command is run, not to be listed."""
 

@@ -186,7 +186,7 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
     if wanted.against is not None:
         kind = plans[0].part.kind  # the text model's files come first
         others = [_other_plan(each, wanted.against, conversion) if each.part.kind is kind else None for each in plans]
-    paths = output_paths([each.part.file_name(each.recipe.name) for each in plans], conversion.output)
+    paths = output_paths([each.file_name for each in plans], conversion.output)
     if wanted.json:
         result["outputs"] = [
             _plan_json(each, path, against=other) for each, path, other in zip(plans, paths, others, strict=True)

@@ -64,7 +64,7 @@ def general_keys(
     sampling = read_checkpoint_json(generation) if is_there(generation, ConfigError) else {}
     try:
         if is_there(card, ConfigError):
-            _check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
+            check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
         _check_sampling(metadata, sampling, generation)
@@ -96,7 +96,7 @@ def _check_sampling(metadata: Any, sampling: Mapping[str, Any], generation: Path
             raise ConfigError(f"{generation}: cannot be read", expected=f"{name}, as before", found="nothing")
 
 
-def _check_front_matter(text: str) -> None:
+def check_front_matter(text: str) -> None:
     """Refuse what YAML would make too much of. Raises: ValueError, yaml.YAMLError."""
     import yaml
 

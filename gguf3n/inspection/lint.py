@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.byte_source import HeaderInMemory, is_remote
@@ -43,7 +44,7 @@ class Severity(enum.Enum):
 
 class Group(enum.Enum):
     """When a check is made: of any file; of Gemma 3n's text model, its mmproj file, or both together; of the data of
-    either, or of one of them, when asked for."""
+    either, or of one of them, when asked for; of a repository (see publishing/checks.py)."""
 
     LAYOUT = "layout"
     MODEL = "model"
@@ -52,25 +53,29 @@ class Group(enum.Enum):
     VALUES = "values"
     DATA = "data"
     MMPROJ_DATA = "mmproj-data"
+    REPOSITORY = "repository"
 
     @property
     def reads_data(self) -> bool:
         return self in (Group.VALUES, Group.DATA, Group.MMPROJ_DATA)
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Check:
-    """One row of the table: what the fault means for which engine, and what mends it."""
+class Check(Generic[T]):
+    """One row of a table: what the fault means for which engine, and what mends it. It looks at a T, as at a file."""
 
     id: str
     severity: Severity
     meaning: str
     fix: str
     group: Group
-    find: Callable[[Subject], Iterator[Found]]
+    find: Callable[[T], Iterator[Found]]
 
-    def findings(self, subject: Subject) -> Iterator[Finding]:
-        """What it finds in a file, however much that is."""
+    def findings(self, subject: T) -> Iterator[Finding]:
+        """What it finds, however much that is."""
         for found in self.find(subject):
             yield Finding(self, found.where, found.what, str(found))
 
@@ -88,7 +93,7 @@ class Check:
 class Finding:
     """A fault that a file has: the place, what is wrong there, and the sentence that says both (see found.py)."""
 
-    check: Check
+    check: Check[Any]
     where: str
     what: str
     found: str
@@ -128,20 +133,20 @@ LLAMA = "llama.cpp, Ollama and LM Studio do not load it"
 
 def _layout(
     id: str, severity: Severity, meaning: str, fix: str, kind: str | Callable[[Subject], Iterator[Found]]
-) -> Check:
+) -> Check[Subject]:
     find = partial(layout.problems, kind) if isinstance(kind, str) else kind
     return Check(id, severity, meaning, fix, Group.LAYOUT, find)
 
 
-def _model(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+def _model(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.MODEL, find)
 
 
-def _mmproj(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+def _mmproj(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.MMPROJ, find)
 
 
-def _values(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+def _values(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.VALUES, find)
 
 
@@ -149,7 +154,7 @@ UNREADABLE = _layout("unreadable", E, ALL, AGAIN, "unreadable")
 """The fault of a file that can't be opened, which `lint` itself finds."""
 
 # fmt: off
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Check[Subject], ...] = (
     UNREADABLE,
     _layout("duplicate-key", E, LLAMA, f"{REPAIR}, where both are the same", "duplicate-key"),
     _layout("empty-key", E, LLAMA, REPAIR, layout.empty_key),

@@ -57,7 +57,7 @@ def seeing(make_checkpoint: Callable[..., Path]) -> Path:
 def files(seeing: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("vision")
     gguf3n.convert(seeing, ["F32", "BF16@llama.cpp"], folder, mmproj=["F16", "lossless"], audio=False)
-    names = {"text": "*-F32.gguf", "as llama.cpp": "*@llama.cpp.gguf", "F16": "mmproj-*-F16.gguf"}
+    names = {"text": "*-F32.gguf", "as llama.cpp": "*-llama.cpp-BF16.gguf", "F16": "mmproj-*-F16.gguf"}
     found = {name: next(folder.glob(pattern)) for name, pattern in names.items()}
     return {**found, "lossless": next(folder.glob("mmproj-*-lossless.gguf"))}
 
