@@ -21,6 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 BELOW: dict[str, set[str]] = {
     "outside": set(),
     "errors": {"outside"},
+    "dates": {"errors"},
     "progress": set(),
     "workers": {"errors"},
     "formats": {"errors", "outside"},
@@ -35,11 +36,11 @@ BELOW: dict[str, set[str]] = {
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
-        "outside", "plots", "progress", "workers",
+        "dates", "outside", "plots", "progress", "workers",
     },
     "publishing": {
         "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
-        "plots", "validation", "outside", "progress", "workers", "",
+        "plots", "validation", "dates", "outside", "progress", "workers", "",
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",

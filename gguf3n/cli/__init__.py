@@ -60,7 +60,9 @@ COMMANDS: Mapping[str, Command] = {
     "edit": Command("Change keys without touching tensors: first --apply, then --unset, --rename, --set."),
     "diff": Command("Compare two GGUF files."),
     "stats": Command("Show statistics of every weight, vision and audio included."),
-    "ollama": Command("Write a Modelfile for Ollama, and the template, params and system files that the Hub gives to it."),
+    "ollama": Command(
+        "Write a Modelfile for Ollama, and the template, params and system files that the Hub gives to it."
+    ),
     "card": Command("Write a repository's card: README.md, Notice and SHA256SUMS."),
 }
 """Every command, in the order of the help. The modules are imported when a command is run, not to be listed."""

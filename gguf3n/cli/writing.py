@@ -199,8 +199,7 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
 
 def _manifest_paths(plans: Sequence[Plan], conversion: ConversionOptions) -> list[Path]:
     """Where the manifests will stand. Raises: OutputError where one can't, before any work."""
-    names = [each.part.file_name(each.recipe.name) for each in plans]
-    paths = [manifest_path(path) for path in output_paths(names, conversion.output)]
+    paths = [manifest_path(path) for path in output_paths([each.file_name for each in plans], conversion.output)]
     for path in paths:
         make_directory(path.parent)
         check_not_input(path, *conversion.inputs)

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from gguf3n.pipeline import run
 from gguf3n.planning import Plan
 from gguf3n.progress import OnProgress
 from gguf3n.publishing import ledger as ledgers
+from gguf3n.publishing.card import FileFacts, make_card, read_facts
+from gguf3n.publishing.checks import CARD, NOTICE_FILE, lint_repository
+from gguf3n.publishing.checksums import SUMS, directory_sums, format_sums
 from gguf3n.publishing.ledger import Ledger
 from gguf3n.publishing.manifest import (
     SourceRecord,
@@ -45,6 +48,7 @@ from gguf3n.publishing.manifest import (
     versions,
     write_manifest,
 )
+from gguf3n.publishing.measured import measured_in
 from gguf3n.recipes import For, Recipe
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.result import Verdict
@@ -53,7 +57,6 @@ from gguf3n.validation.validate import run_all
 
 RESERVE_BYTES = 256 << 20
 """Of the disk that is left free: for manifests, the card, and what else a system needs."""
-SUMS = "SHA256SUMS"
 TITLE = "GGUF files by gguf3n"
 """Of a pull request, by which a later run finds it."""
 
@@ -200,6 +203,10 @@ def parse_publication(
     chosen = None
     if validate is not None:
         chosen = parse_validation(None if validate == "all" else validate, imatrix=imatrix, threads=threads)
+    if not quants:
+        raise UsageError(
+            "no quantization named", expected="one or more of the text model, such as Q4_K_M", fix="add --quant NAME"
+        )
     conversion = parse_options(
         quants, mmproj=mmproj, vision=vision, audio=audio, imatrix=imatrix, threads=threads, force=force
     )
@@ -254,21 +261,10 @@ def plan_publication(source: Source, options: PublishOptions) -> dict[str, Plan]
     if options.validation is not None:
         check_extra(source, options.validation, options.validation.stages)
     plans = plan_files(source, options.conversion)
-    names = [file_name(plan) for plan in plans]
+    names = [plan.file_name for plan in plans]
     if len(set(names)) < len(names):
         raise UsageError("the same quantization twice", found=", ".join(names), fix="name each once")
     return dict(zip(names, plans, strict=True))
-
-
-def file_name(plan: Plan) -> str:
-    """A name that llama.cpp's and Ollama's tags find and the Hub labels rightly.
-
-    Why not NAME-Q4_K_M@llama.cpp.gguf: `-hf` takes a tag before a dot or a dash only, and the Hub its last match.
-    """
-    base, _, variant = plan.recipe.name.partition("@")
-    if not variant:
-        return plan.part.file_name(plan.recipe.name)
-    return plan.part.kind.value.format(name=f"{plan.part.source.name}-{variant}", quant=base)
 
 
 def _key(name: str, plan: Plan, options: ConversionOptions, source: SourceRecord) -> str:
@@ -407,6 +403,7 @@ class _Publication:
                 if len(groups) > 1 and group is not groups[-1]:
                     self._remove(group)
         beside = self._describe(wanted, hub)
+        stopped += self._lint_repository()
         if hub is not None and not stopped:
             self._upload(hub, [self._copy(name) for name in beside])
         return Publication(
@@ -519,11 +516,32 @@ class _Publication:
                 yield f"{file.name}: validation fails: {', '.join(failed)}"
 
     def _describe(self, wanted: Sequence[WantedFile], hub: Repository | None) -> list[str]:
-        """The card and its like, and SHA256SUMS; the names of what was written."""
-        names = [file.name for file in wanted]
-        sums = "".join(f"{self.ledger.files[name]['sha256']}  {name}\n" for name in sorted(names))
-        write_whole(self.directory / SUMS, sums, force=True)
-        return [SUMS]
+        """The card, the Notice and the checksums, of these and other files in the directory; their names."""
+        if hub is not None and not (self.directory / CARD).exists() and hub.files([CARD]):
+            write_whole(self.directory / CARD, hub.fetch(CARD), force=False)  # what people wrote in it stays
+        entries = {file.name: self.ledger.files[file.name] for file in wanted}
+        away = {name: entry for name, entry in entries.items() if not (self.directory / name).exists()}
+        sums = directory_sums(self.directory, []) | {name: entry["sha256"] for name, entry in entries.items()}
+        write_whole(self.directory / SUMS, format_sums(sums), force=True)
+        results = {name: self.ledger.validations.get(name, {}).get("result") for name in entries}
+        card = make_card(
+            self.directory,
+            repo=self.options.repo_id,
+            base_model=self.recorded.repo,
+            measured={name: measured_in(result, name) for name, result in results.items() if result is not None},
+            elsewhere={name: (FileFacts(**entry["facts"]), entry["sha256"]) for name, entry in away.items()},
+        )
+        for notice in card.notices:
+            self.notice(notice)
+        card.write()
+        return list(dict.fromkeys((*card.texts, NOTICE_FILE)))
+
+    def _lint_repository(self) -> list[str]:
+        """Why the directory as a whole should not be published."""
+        if self.options.despite_findings:
+            return []
+        findings = lint_repository(self.directory).findings
+        return [f"lint: {finding.notice}" for finding in findings if finding.check.severity is Severity.ERROR]
 
     def _copies(self, files: Sequence[WantedFile]) -> list[LocalCopy]:
         """Files and manifests that are on the disk, to be sent."""
@@ -547,7 +565,10 @@ class _Publication:
     def _remove(self, group: Sequence[WantedFile]) -> None:
         """Make room for the next batch: of files that the Hub has been seen to have."""
         for file in group:
-            (self.directory / file.name).unlink()
+            path = self.directory / file.name
+            self.ledger.files[file.name]["facts"] = asdict(read_facts(path))
+            self.ledger.save()
+            path.unlink()
             self.notice(f"{file.name} is on the Hub, and was removed here to make room")
 
     def _published(self, file: WantedFile) -> PublishedFile:

@@ -73,6 +73,7 @@ def test_everything_arrives(hub: UploadHub, source: Path, tmp_path: Path) -> Non
     sums = dict(line.split("  ")[::-1] for line in there["SHA256SUMS"].decode().splitlines())
     assert sums == {file.name: file.sha256 for file in found.files}
     assert not any(name.startswith(".") for name in there)
+    assert NAMES[0] in there["README.md"].decode() and "Gemma Terms of Use" in there["Notice"].decode()
     assert set(hub.operations) == {"header", "file", "lfsFile"}  # nothing is deleted
     writes = [request for request in hub.requests if request.method == "POST"]
     assert {request.token for request in writes} == {"Bearer hf_a_token_of_the_tests"}
@@ -95,6 +96,14 @@ def test_again_does_nothing(hub: UploadHub, source: Path, monkeypatch: pytest.Mo
     assert [file.state for file in again.files] == ["kept"] * 3 and again.sent == ()
     assert all(file.validation is not None for file in again.files)
     assert (sum(hub.puts.values()), len(hub.messages)) == (n_puts, n_commits)
+
+
+def test_what_people_wrote_on_the_card_stays(hub: UploadHub, source: Path) -> None:
+    hub.add(REPO, {"README.md": b"# Mine\n\nWritten by hand.\n", "kept.txt": b"x"})
+    publish("Q8_0")
+    there = hub.files(REPO)
+    assert "Written by hand." in there["README.md"].decode() and f"{NAMES[0]}" in there["README.md"].decode()
+    assert there["kept.txt"] == b"x"
 
 
 def test_one_more_file(hub: UploadHub, source: Path) -> None:
@@ -192,6 +201,8 @@ def test_batches_that_fit_the_disk(
     assert set(NAMES) < set(hub.files(REPO))
     assert [file.name for file in found.files if (tmp_path / "micro-GGUF" / file.name).exists()] == [NAMES[2]]
     assert sum("was removed here to make room" in note for note in notes) == 2
+    card, sums = (hub.files(REPO)[name].decode() for name in ("README.md", "SHA256SUMS"))
+    assert all(name in card and name in sums for name in NAMES)
     again = publish()
     assert [file.state for file in again.files] == ["on the Hub", "on the Hub", "kept"] and again.sent == ()
     with pytest.raises(OutputError, match="not enough space on the disk for all files"):
@@ -287,7 +298,7 @@ def test_the_command(
 
 
 BAD: dict[str, tuple[str, ...]] = {
-    "no quantization named": ("micro", REPO),
+    "no quantization named": ("micro", REPO, "--mmproj", "F16"),
     "not the name of a repository": ("micro", "no-org", "-q", "Q8_0"),
     "--create-pr with --revision": ("micro", REPO, "-q", "Q8_0", "--create-pr", "--revision", "x"),
     "--private with --local": ("micro", REPO, "-q", "Q8_0", "--local", "out", "--private"),
@@ -326,33 +337,33 @@ def test_killed_in_ten_places(hub: UploadHub, source: Path, tmp_path: Path) -> N
         process.start()
         return process
 
-    n_killed = 0
-    for kill_at in (1, 2, 3, 4, 5, 6, 7):
-        process = start(kill_at)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, kill_at
-        n_killed += 1
     running: list[Any] = []
-    for route in ("put", "commit", "paths-info"):
+    for place in (1, 2, 3, 5, "put", "commit", "paths-info", 1, 2, 3):
 
-        def kill(seen: str, route: str = route) -> None:
-            if seen == route:
+        def kill(route: str, place: int | str = place) -> None:
+            if route == place:
                 os.kill(running[-1].pid, signal.SIGKILL)
 
         hub.before = kill
-        running.append(start(None))
+        running.append(start(place if isinstance(place, int) else None))
         running[-1].join()
-        assert running[-1].exitcode == -signal.SIGKILL, route
-        n_killed += 1
+        assert running[-1].exitcode == -signal.SIGKILL, (len(running), place)
     hub.before = lambda route: None
     process = start(None)
     process.join()
-    assert process.exitcode == 0 and n_killed == 10
+    assert process.exitcode == 0 and len(running) == 10
     there = hub.files(REPO)
     for quant, name in zip(QUANTS, NAMES, strict=True):
         gguf3n.convert("micro", quant, "whole.gguf", threads=1, force=True)
         assert there[name] == (tmp_path / "whole.gguf").read_bytes(), name
     left = {path.name for path in (tmp_path / "micro-GGUF").iterdir()}
-    assert left == {".gguf3n", "SHA256SUMS", *NAMES, *(name.replace(".gguf", ".manifest.json") for name in NAMES)}
+    assert left == {
+        ".gguf3n",
+        "README.md",
+        "Notice",
+        "SHA256SUMS",
+        *NAMES,
+        *(name.replace(".gguf", ".manifest.json") for name in NAMES),
+    }
     assert set(there) == left - {".gguf3n"} and set(hub.puts.values()) == {1}
     assert set(hub.operations) == {"header", "file", "lfsFile"}
