@@ -42,6 +42,7 @@ BELOW: dict[str, set[str]] = {
         "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
         "plots", "validation", "dates", "outside", "progress", "workers", "",
     },
+    "schemas": {"inspection", "publishing", "recipes", "validation"},
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
         "validation", "publishing", "outside", "progress", "workers", "",

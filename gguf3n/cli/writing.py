@@ -34,6 +34,8 @@ from gguf3n.validation.stages import check_extra
 from gguf3n.validation.validate import Validation, run_all
 from gguf3n.validation.vision import made_bytes
 
+SCHEMA = "gguf3n.convert/1"
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -123,7 +125,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     for notice in notices:
         print_note("note", notice, quiet=wanted.quiet)
     _print_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
-    result: dict[str, Any] = {"source": source.origin, "notices": notices}
+    result: dict[str, Any] = {"schema": SCHEMA, "source": source.origin, "notices": notices}
     if wanted.dry_run:
         _show(plans, conversion, wanted, result)
         return
