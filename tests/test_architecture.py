@@ -67,11 +67,13 @@ ONLY_IN = {
     "rich": "cli",
     "sentencepiece": "gemma3n",
     "huggingface_hub": "formats",
+    "distributed": "publishing",
 }
 """Third-party package -> the one room that may import it."""
 
 NEVER_AT_THE_TOP = (
     "torch", "transformers", "xllamacpp", "psutil", "matplotlib", "sentencepiece", "huggingface_hub", "rich",
+    "distributed",
 )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     micro.make(folder / "other", arrays=micro.tensors(micro.config(), seed=1))
     (folder / "seeing").symlink_to(make_checkpoint(multimodal=True))
     an_imatrix(folder / "imatrix.gguf")
+    (folder / "jobs.toml").write_text('[[model]]\nsource = "micro"\nrepo = "me/micro-GGUF"\nquants = ["Q8_0"]\n')
     gguf3n.convert(folder / "micro", "Q8_0", folder / "x.gguf", threads=1)
     gguf3n.convert(folder / "micro", "Q4_0", folder / "y.gguf", threads=1)
     gguf3n.convert(folder / "seeing", mmproj="F16", output=folder / "mmproj.gguf", threads=1)
@@ -114,6 +115,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("gguf3n.verify/1", "verify out/micro-Q4_0.gguf --source other"),
     ("gguf3n.publish-plan/1", f"publish micro {REPO} -q Q8_0,Q4_0 --validate tensors --dry-run"),
     ("gguf3n.publish/1", f"publish micro {REPO} -q Q8_0 --validate tensors --local published"),
+    ("gguf3n.jobs-plan/1", "publish jobs.toml --dry-run --executor dask"),
+    ("gguf3n.jobs/1", "publish jobs.toml --local many"),
     ("gguf3n.card/1", f"card published --repo {REPO}"),
     ("gguf3n.lint/1", "lint published"),
     ("gguf3n.ollama/1", "ollama published/micro-Q8_0.gguf -o modelfile"),

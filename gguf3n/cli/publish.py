@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,8 @@ from gguf3n.cli.progress import progress_bar
 from gguf3n.conversion import read_source
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.gemma3n.source import Source
+from gguf3n.publishing.jobs import Jobs, plan_dict, read_jobs, run_here, steps_of
+from gguf3n.publishing.jobs import as_dict as jobs_dict
 from gguf3n.publishing.publish import (
     Publication,
     PublishOptions,
@@ -28,12 +32,18 @@ from gguf3n.publishing.publish import (
 from gguf3n.validation.result import Stage
 
 SCHEMA = "gguf3n.publish/1"
+JOBS_SCHEMA = "gguf3n.jobs/1"
+JOBS_PLAN_SCHEMA = "gguf3n.jobs-plan/1"
+HERE = "here"
+EXECUTORS = (HERE, "dask", "dask:ADDRESS")
 PLAN_SCHEMA = "gguf3n.publish-plan/1"
 
 
 def publish(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, a Hub id, or a GGUF file.")],
-    repo: Annotated[str, typer.Argument(help="The repository to publish to: ORG/NAME.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint directory, a Hub id, a GGUF file; or jobs.toml, with many models.")
+    ],
+    repo: Annotated[str | None, typer.Argument(help="The repository to publish to: ORG/NAME. Not with jobs.")] = None,
     quant: Annotated[
         list[str],
         typer.Option("--quant", "-q", help="Quantizations, separated by commas: names or recipe files. Repeatable."),
@@ -61,6 +71,13 @@ def publish(
     despite_findings: Annotated[
         bool, typer.Option("--despite-findings", help="Upload files although lint has errors for them.")
     ] = False,
+    executor: Annotated[
+        str, typer.Option(metavar="EXECUTOR", help="Of jobs: here, or dask[:ADDRESS].", show_default="here")
+    ] = HERE,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --executor dask without an address.", show_default="one a processor"),
+    ] = None,
     dry_run: options.DryRun = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -73,6 +90,30 @@ def publish(
     lint or validation keeps it from uploading."""
     if local is not None and output is not None:
         raise UsageError("--local with --output", fix="leave --output out: --local names the directory")
+    if repo is None or executor != HERE or workers is not None:
+        _refuse_with_jobs(
+            source,
+            repo,
+            {
+                "--quant": quant,
+                "--mmproj": mmproj,
+                "--no-vision": no_vision,
+                "--no-audio": no_audio,
+                "--imatrix": imatrix,
+                "--validate": validate,
+                "--source-revision": source_revision,
+                "--private": private,
+                "--create-pr": create_pr,
+                "--revision": revision,
+                "--despite-findings": despite_findings,
+                "--force": force,
+            },
+        )
+        jobs = read_jobs(source, local=local is not None, threads=threads, command=["gguf3n", *sys.argv[1:]])
+        if local is not None or output is not None:
+            jobs = replace(jobs, directory=(local or output or jobs.directory).absolute())
+        _run_jobs(jobs, executor, workers, dry_run=dry_run, as_json=json, quiet=quiet)
+        return
     wanted = parse_publication(
         repo,
         split(quant),
@@ -107,6 +148,55 @@ def publish(
     else:
         print_publication(found, uploaded=wanted.upload)
     if not found.ok:
+        raise typer.Exit(FindingsError.exit_code)
+
+
+def _refuse_with_jobs(source: str, repo: str | None, given: Mapping[str, object]) -> None:
+    """Raises: UsageError for what a file of jobs says itself, and for executors without one."""
+    if repo is not None or not source.lower().endswith(".toml"):
+        raise UsageError(
+            f"{source}: no repository to publish to" if repo is None else "--executor and --workers are for jobs",
+            expected="gguf3n publish SRC ORG/NAME, or gguf3n publish JOBS.toml",
+        )
+    for option, value in given.items():
+        if value:
+            raise UsageError(f"{option} with a file of jobs", fix=f"write it in {source}, for each model")
+
+
+def _run_jobs(jobs: Jobs, executor: str, workers: int | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Carry out jobs, or show their steps. Raises: UsageError; the error of a step."""
+    name, _, address = executor.partition(":")
+    if name not in EXECUTORS or (address and name == HERE):
+        raise UsageError(f"--executor {executor}: no such executor", expected=" or ".join(EXECUTORS), found=executor)
+    if workers is not None and (name == HERE or address):
+        raise UsageError("--workers is for --executor dask without an address", fix="leave it out")
+    if dry_run:
+        steps = steps_of(jobs, spread=name != HERE)
+        if as_json:
+            print_json({"schema": JOBS_PLAN_SCHEMA, **plan_dict(jobs, spread=name != HERE)})
+        else:
+            rows = [("step", "after"), *((step.id, ", ".join(step.needs)) for step in steps)]
+            for line in columns(rows, "<<"):
+                say(line)
+        return
+
+    def told(step: str) -> None:
+        print_note("note", step, quiet=quiet)
+
+    if name == HERE:
+        done = run_here(jobs, told)
+    else:
+        from gguf3n.publishing.dask_executor import run_on_dask
+
+        done = run_on_dask(jobs, address or None, workers=workers, told=told)
+    found = jobs_dict(jobs, done)
+    if as_json:
+        print_json({"schema": JOBS_SCHEMA, **found})
+    else:
+        for publication in found["publications"]:
+            state = "done" if publication["ok"] else f"stopped: {publication['stopped'][0]}"
+            say(*filled(f"{publication['repo']}: {len(publication['files'])} files, {state}", 0))
+    if not found["ok"]:
         raise typer.Exit(FindingsError.exit_code)
 
 

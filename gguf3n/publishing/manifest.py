@@ -221,12 +221,15 @@ def make_manifest(
     options: ConversionOptions,
     source: SourceRecord,
     command: Sequence[str] = (),
+    *,
+    imatrix_sha256: str | None = None,
 ) -> Manifest:
     """What there is to say of a file that was written; it is read once for its hashes.
 
     Args:
         source: what `record_source` says of the conversion's.
         command: as it was typed.
+        imatrix_sha256: of the importance matrix; by default of the file that it was read from.
 
     Raises: OutputError for a file that can't be read; GGUFError for an importance matrix.
     """
@@ -245,7 +248,7 @@ def make_manifest(
         audio=options.audio,
         force_types=options.force_types,
         imatrix=None if matrix is None else str(matrix.path),
-        imatrix_sha256=None if matrix is None else hash_imatrix(matrix),
+        imatrix_sha256=None if matrix is None else imatrix_sha256 or hash_imatrix(matrix),
         versions=versions(),
         command=tuple(masked(word) for word in command),
     )

@@ -17,8 +17,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from gguf3n.conversion import Conversion, ConversionOptions, parse_options, plan
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.hub import file_hash
 from gguf3n.formats.hub_upload import LocalCopy, Repository, check_repo_id
-from gguf3n.formats.whole_file import check_not_input, check_output, make_directory, write_whole
+from gguf3n.formats.imatrix import as_imatrix
+from gguf3n.formats.whole_file import check_not_input, check_output, make_directory, move, write_whole
 from gguf3n.gemma3n.source import Source
 from gguf3n.inspection.lint import Severity, lint
 from gguf3n.pipeline import run
@@ -81,6 +82,7 @@ class PublishOptions:
     revision: str | None = None
     despite_findings: bool = False
     command: tuple[str, ...] = ()
+    imatrix_sha256: str | None = None
 
     @property
     def where(self) -> str:
@@ -174,6 +176,8 @@ def parse_publication(
     threads: int | None = None,
     force: bool = False,
     command: Sequence[str] = (),
+    bare_imatrix: bool = False,
+    needs_text: bool = True,
 ) -> PublishOptions:
     """The options of a command line or a call as one checked value.
 
@@ -189,6 +193,8 @@ def parse_publication(
         despite_findings: upload files although lint has errors for them.
         force: replace files in the directory that no publication has made.
         command: as it was typed, for the manifests.
+        bare_imatrix: name the importance matrix in the files without its directories.
+        needs_text: refuse to publish without a file of the text model.
 
     Raises: UsageError, HubError for the repository's name; as `parse_options`.
     """
@@ -200,16 +206,20 @@ def parse_publication(
         raise UsageError(
             "--create-pr with --revision", fix="leave one of them out; a pull request that is there is taken up again"
         )
-    chosen = None
-    if validate is not None:
-        chosen = parse_validation(None if validate == "all" else validate, imatrix=imatrix, threads=threads)
-    if not quants:
+    if needs_text and not quants:
         raise UsageError(
             "no quantization named", expected="one or more of the text model, such as Q4_K_M", fix="add --quant NAME"
         )
+    matrix = as_imatrix(imatrix)
+    imatrix_sha256 = None if matrix is None else hash_imatrix(matrix)
+    if matrix is not None and bare_imatrix:
+        matrix = replace(matrix, path=Path(matrix.path.name))
     conversion = parse_options(
-        quants, mmproj=mmproj, vision=vision, audio=audio, imatrix=imatrix, threads=threads, force=force
+        quants, mmproj=mmproj, vision=vision, audio=audio, imatrix=matrix, threads=threads, force=force
     )
+    chosen = None
+    if validate is not None:
+        chosen = parse_validation(None if validate == "all" else validate, imatrix=matrix, threads=threads)
     return PublishOptions(
         repo_id,
         conversion,
@@ -221,6 +231,7 @@ def parse_publication(
         revision=revision,
         despite_findings=despite_findings,
         command=tuple(command),
+        imatrix_sha256=imatrix_sha256,
     )
 
 
@@ -267,14 +278,15 @@ def plan_publication(source: Source, options: PublishOptions) -> dict[str, Plan]
     return dict(zip(names, plans, strict=True))
 
 
-def _key(name: str, plan: Plan, options: ConversionOptions, source: SourceRecord) -> str:
+def _key(name: str, plan: Plan, chosen: PublishOptions, source: SourceRecord) -> str:
+    options = chosen.conversion
     matrix = options.imatrix if plan.recipe.part is For.TEXT else None
     return hash_of(
         {
             "name": name,
             "source": source.sha256,
             "recipe": record_recipe(plan.recipe).sha256,
-            "importance": None if matrix is None else [str(matrix.path), hash_imatrix(matrix)],
+            "importance": None if matrix is None else [str(matrix.path), chosen.imatrix_sha256],
             "encoders": [options.vision, options.audio, options.force_types],
             "versions": dict(versions()),
         }
@@ -318,20 +330,45 @@ def run_publication(
     show_progress: bool = False,
 ) -> Publication:
     """The same with parsed options and a source that is open; arguments and errors as for `publish`."""
-    plans = plan_publication(source, options)
-    for text in dict.fromkeys(text for plan in plans.values() for text in plan.notices):
-        notice(text)
-    recorded = record_source(source)
-    wanted = [WantedFile(name, plan, _key(name, plan, options.conversion, recorded)) for name, plan in plans.items()]
-    make_directory(options.directory)
-    with ledgers.opened(options.directory) as ledger:
-        work = _Publication(source, recorded, options, ledger, watch, notice)
-        work.check_names(wanted)
+    with _opened(source, options, watch, notice) as (work, wanted):
         hub = None
         if options.upload:
             hub = Repository(options.repo_id, revision=options.revision, show_progress=show_progress, notice=notice)
             work.prepare(hub)
         return work.run(wanted, hub)
+
+
+def make_files(
+    source: Source, options: PublishOptions, *, watch: Watch = nullcontext, notice: Notice = lambda text: None
+) -> None:
+    """Make, lint and validate the files alone; a publication adopts them. Errors as for `publish`."""
+    with _opened(source, options, watch, notice) as (work, wanted):
+        work.make(wanted)
+
+
+def adopt(source: Source, options: PublishOptions, directories: Sequence[Path]) -> None:
+    """Move files that `make_files` has made elsewhere on the disk to their place. Errors as for `publish`."""
+    with _opened(source, options, nullcontext, lambda text: None) as (work, wanted):
+        for directory in directories:
+            with ledgers.opened(directory) as other:
+                work.adopt(wanted, other)
+
+
+@contextmanager
+def _opened(
+    source: Source, options: PublishOptions, watch: Watch, notice: Notice
+) -> Iterator[tuple[_Publication, list[WantedFile]]]:
+    """A publication and its files, its directory locked. Raises: as `publish`."""
+    plans = plan_publication(source, options)
+    for text in dict.fromkeys(text for plan in plans.values() for text in plan.notices):
+        notice(text)
+    recorded = record_source(source)
+    wanted = [WantedFile(name, plan, _key(name, plan, options, recorded)) for name, plan in plans.items()]
+    make_directory(options.directory)
+    with ledgers.opened(options.directory) as ledger:
+        work = _Publication(source, recorded, options, ledger, watch, notice)
+        work.check_names(wanted)
+        yield work, wanted
 
 
 class _Publication:
@@ -417,6 +454,26 @@ class _Publication:
             tuple(stopped),
         )
 
+    def make(self, wanted: Sequence[WantedFile]) -> None:
+        """The files alone, and what lint and validation say of them."""
+        missing = [file for file in wanted if not self._is_made(file)]
+        for names in batches({file.name: file.plan.total_bytes for file in missing}, free_bytes(self.directory)):
+            self._convert([file for file in missing if file.name in names])
+        list(self._judge(wanted))
+
+    def adopt(self, wanted: Sequence[WantedFile], other: Ledger) -> None:
+        """Take over files from another directory, with what is known of them."""
+        for file in wanted:
+            entry = other.files.get(file.name)
+            if entry is None or entry["key"] != file.key or not other.is_intact(file.name) or self._is_made(file):
+                continue
+            self.ledger.begin({file.name: file.key})
+            manifest = manifest_path(other.directory / file.name)
+            move(manifest, self.directory / manifest.name)
+            move(other.directory / file.name, self.directory / file.name)
+            self.ledger.validations[file.name] = other.validations.get(file.name, {})
+            self.ledger.finish(file.name, file.key, entry["bytes"], entry["sha256"])
+
     def _on_the_hub(self, wanted: Sequence[WantedFile], hub: Repository) -> set[str]:
         """Files that an earlier run has sent and removed here, and that are still there as they were sent."""
         known = [
@@ -451,7 +508,13 @@ class _Publication:
         for file in group:
             path = self.directory / file.name
             conversion = Conversion(path, file.plan, seconds)
-            manifest = make_manifest(conversion, self.options.conversion, self.recorded, self.options.command)
+            manifest = make_manifest(
+                conversion,
+                self.options.conversion,
+                self.recorded,
+                self.options.command,
+                imatrix_sha256=self.options.imatrix_sha256,
+            )
             write_manifest(manifest, manifest_path(path), force=True)
             self.ledger.finish(file.name, file.key, manifest.n_bytes, manifest.sha256)
             self.states[file.name] = "made"
@@ -534,7 +597,12 @@ class _Publication:
         for notice in card.notices:
             self.notice(notice)
         card.write()
-        return list(dict.fromkeys((*card.texts, NOTICE_FILE)))
+        matrix = self.options.conversion.imatrix
+        own = [] if matrix is None or matrix.path.parent != Path() else [matrix.path.name]
+        return list(dict.fromkeys((*card.texts, NOTICE_FILE, *(own if self._is_here(own) else ()))))
+
+    def _is_here(self, names: Sequence[str]) -> bool:
+        return all((self.directory / name).is_file() for name in names)
 
     def _lint_repository(self) -> list[str]:
         """Why the directory as a whole should not be published."""

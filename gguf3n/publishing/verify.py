@@ -156,7 +156,7 @@ def verify(
         )
     said = read_manifest(beside)
     recipe = said.recipe.recipe(str(beside))
-    matrix = _imatrix(said, imatrix)
+    matrix = _imatrix(said, imatrix, beside.parent)
     with ExitStack() as stack:
         opened = _opened(said, source, revision, show_progress, stack)
         options = ConversionOptions(
@@ -170,13 +170,18 @@ def verify(
     return Verification(path, str(source), said, header, data, layout, tuple(_claims(said, gguf)), tuple(notes))
 
 
-def _imatrix(said: Manifest, given: str | Path | None) -> ImportanceMatrix | None:
-    """The importance matrix of the manifest, under the name that it had. Raises: UsageError; GGUFError."""
+def _imatrix(said: Manifest, given: str | Path | None, directory: Path) -> ImportanceMatrix | None:
+    """The importance matrix of the manifest, under the name that it had: given, beside it, or where it was.
+
+    Raises: UsageError; GGUFError.
+    """
     if said.imatrix is None:
         if given is not None:
             raise UsageError(f"{given}: {said.name} was made without an importance matrix", fix="leave --imatrix out")
         return None
     path = Path(given if given is not None else said.imatrix)
+    if given is None and (directory / path.name).is_file():
+        path = directory / path.name
     if not path.is_file():
         raise UsageError(
             f"{path}: the importance matrix is not there",

@@ -564,6 +564,54 @@ class PublishPlan:
 
 
 @dataclass(frozen=True)
+class StepRow:
+    """A step of jobs; `number` is that of a piece of the calibration."""
+
+    id: str
+    kind: Literal["measure", "merge", "convert", "publish"]
+    model: str
+    needs: Sequence[str]
+    number: int
+    quants: Sequence[str]
+    mmproj: Sequence[str]
+
+
+@dataclass(frozen=True)
+class JobsPlan:
+    """`gguf3n publish JOBS.toml --dry-run`."""
+
+    schema: Literal["gguf3n.jobs-plan/1"]
+    directory: str
+    steps: Sequence[StepRow]
+
+
+@dataclass(frozen=True)
+class PublicationRow:
+    """What `gguf3n.publish/1` says of one of several."""
+
+    source: str
+    repo: str
+    revision: str | None
+    directory: str
+    ok: bool
+    files: Sequence[PublishedRow]
+    beside: Sequence[str]
+    sent: Sequence[str]
+    stopped: Sequence[str]
+
+
+@dataclass(frozen=True)
+class JobsResult:
+    """`gguf3n publish JOBS.toml`: the steps that were done, and what came of each model."""
+
+    schema: Literal["gguf3n.jobs/1"]
+    directory: str
+    ok: bool
+    steps: Sequence[str]
+    publications: Sequence[PublicationRow]
+
+
+@dataclass(frozen=True)
 class CardRow:
     """A model on a card."""
 
@@ -616,6 +664,8 @@ OUTPUTS: Mapping[str, Any] = {
     "gguf3n.verify/1": VerifyResult,
     "gguf3n.publish/1": PublishResult,
     "gguf3n.publish-plan/1": PublishPlan,
+    "gguf3n.jobs-plan/1": JobsPlan,
+    "gguf3n.jobs/1": JobsResult,
     "gguf3n.card/1": CardResult,
     "gguf3n.ollama/1": OllamaResult,
 }
