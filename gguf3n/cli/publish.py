@@ -17,7 +17,9 @@ from gguf3n.cli.paint import filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.conversion import read_source
 from gguf3n.errors import FindingsError, UsageError
+from gguf3n.formats.whole_file import make_directory, write_whole
 from gguf3n.gemma3n.source import Source
+from gguf3n.publishing.hf_jobs import plan_hub_jobs, submit
 from gguf3n.publishing.jobs import Jobs, plan_dict, read_jobs, run_here, steps_of
 from gguf3n.publishing.jobs import as_dict as jobs_dict
 from gguf3n.publishing.publish import (
@@ -33,9 +35,11 @@ from gguf3n.validation.result import Stage
 
 SCHEMA = "gguf3n.publish/1"
 JOBS_SCHEMA = "gguf3n.jobs/1"
+HF_JOBS_SCHEMA = "gguf3n.hf-jobs/1"
 JOBS_PLAN_SCHEMA = "gguf3n.jobs-plan/1"
 HERE = "here"
-EXECUTORS = (HERE, "dask", "dask:ADDRESS")
+HF_JOBS = "hf-jobs"
+EXECUTORS = (HERE, "dask", "dask:ADDRESS", HF_JOBS)
 PLAN_SCHEMA = "gguf3n.publish-plan/1"
 
 
@@ -72,7 +76,7 @@ def publish(
         bool, typer.Option("--despite-findings", help="Upload files although lint has errors for them.")
     ] = False,
     executor: Annotated[
-        str, typer.Option(metavar="EXECUTOR", help="Of jobs: here, or dask[:ADDRESS].", show_default="here")
+        str, typer.Option(metavar="EXECUTOR", help="Of jobs: here, dask[:ADDRESS] or hf-jobs.", show_default="here")
     ] = HERE,
     workers: Annotated[
         int | None,
@@ -166,10 +170,13 @@ def _refuse_with_jobs(source: str, repo: str | None, given: Mapping[str, object]
 def _run_jobs(jobs: Jobs, executor: str, workers: int | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Carry out jobs, or show their steps. Raises: UsageError; the error of a step."""
     name, _, address = executor.partition(":")
-    if name not in EXECUTORS or (address and name == HERE):
+    if name not in EXECUTORS or (address and name != "dask"):
         raise UsageError(f"--executor {executor}: no such executor", expected=" or ".join(EXECUTORS), found=executor)
-    if workers is not None and (name == HERE or address):
+    if workers is not None and (name != "dask" or address):
         raise UsageError("--workers is for --executor dask without an address", fix="leave it out")
+    if name == HF_JOBS:
+        _run_on_the_hub(jobs, dry_run=dry_run, as_json=as_json)
+        return
     if dry_run:
         steps = steps_of(jobs, spread=name != HERE)
         if as_json:
@@ -198,6 +205,36 @@ def _run_jobs(jobs: Jobs, executor: str, workers: int | None, *, dry_run: bool, 
             say(*filled(f"{publication['repo']}: {len(publication['files'])} files, {state}", 0))
     if not found["ok"]:
         raise typer.Exit(FindingsError.exit_code)
+
+
+def _run_on_the_hub(jobs: Jobs, *, dry_run: bool, as_json: bool) -> None:
+    """Show what each job will take, write its script, start it. Raises: UsageError, HubError."""
+    if not jobs.upload:
+        raise UsageError("--local with --executor hf-jobs, whose disks are lost", fix="leave one of them out")
+    planned = plan_hub_jobs(jobs)
+    if not as_json:
+        rows = [("repository", "download", "upload", "hours", "dollars")]
+        for job in planned:
+            sizes = (human_bytes(job.download_bytes), human_bytes(job.upload_bytes))
+            rows.append((job.repo, *sizes, f"{job.seconds / 3600:.2f}", f"{job.dollars:.4f}"))
+        for line in columns(rows, "<>>>>"):
+            say(line)
+        say(*filled("estimates, by the quantizers' measured rates and an assumed network of 50 MB/s", 0))
+    scripts: list[str] = []
+    addresses: list[str] = []
+    if not dry_run:
+        make_directory(jobs.directory)
+        for job in planned:
+            path = jobs.directory / f"{job.repo.replace('/', '-')}.job.sh"
+            write_whole(path, job.script, force=True)
+            scripts.append(str(path))
+        addresses = submit(planned)
+    if as_json:
+        found = [job.as_dict() for job in planned]
+        print_json({"schema": HF_JOBS_SCHEMA, "jobs": found, "scripts": scripts, "addresses": addresses})
+        return
+    for script, address in zip(scripts, addresses, strict=True):
+        say(f"{script}: {address}")
 
 
 def split(names: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from gguf3n.inspection.imatrix_statistics import ImatrixStatistics
 from gguf3n.inspection.lint import Group
 from gguf3n.inspection.summary import Token
 from gguf3n.publishing.checks import Tag
+from gguf3n.publishing.hf_jobs import HubJob
 from gguf3n.recipes import For
 from gguf3n.validation.divergence import Divergence
 from gguf3n.validation.logits import Limits
@@ -612,6 +613,16 @@ class JobsResult:
 
 
 @dataclass(frozen=True)
+class HubJobsResult:
+    """`gguf3n publish JOBS.toml --executor hf-jobs`; with `--dry-run` no scripts and no addresses."""
+
+    schema: Literal["gguf3n.hf-jobs/1"]
+    jobs: Sequence[HubJob]
+    scripts: Sequence[str]
+    addresses: Sequence[str]
+
+
+@dataclass(frozen=True)
 class CardRow:
     """A model on a card."""
 
@@ -666,6 +677,7 @@ OUTPUTS: Mapping[str, Any] = {
     "gguf3n.publish-plan/1": PublishPlan,
     "gguf3n.jobs-plan/1": JobsPlan,
     "gguf3n.jobs/1": JobsResult,
+    "gguf3n.hf-jobs/1": HubJobsResult,
     "gguf3n.card/1": CardResult,
     "gguf3n.ollama/1": OllamaResult,
 }

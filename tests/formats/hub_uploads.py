@@ -37,6 +37,7 @@ ROUTES: dict[str, str] = {
     "paths-info": r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)",
     "commit": r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
     "batch": r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
+    "jobs": r"/api/jobs/(?P<revision>[^/]+)",
     "put": r"/lfs/(?P<revision>[0-9a-f]{64})",
 }
 NEW = "0" * 40
@@ -55,7 +56,7 @@ class UploadHub(HubServer):
         before: called with the route before each request is answered.
         blobs: large files by SHA-256; `puts` how often each was sent.
         messages: of the commits; `operations` their kinds.
-        pulls: titles of the pull requests.
+        pulls: titles of the pull requests; `jobs`: what was to be run.
     """
 
     answers: dict[str, list[tuple[Refusal, str | None]]] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class UploadHub(HubServer):
     operations: Counter[str] = field(default_factory=Counter)
     pulls: list[str] = field(default_factory=list)
     private: set[str] = field(default_factory=set)
+    jobs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def handler(self) -> type[hub_server.Handler]:
@@ -121,7 +123,7 @@ class _Handler(hub_server.Handler):
         fields = match.groupdict()
         revision = unquote(fields.get("revision") or "main")
         repo_id = fields.get("repo") or ""
-        if route not in ("create", "yaml", "put") and repo_id not in self.hub.repos:
+        if route not in ("create", "yaml", "put", "jobs") and repo_id not in self.hub.repos:
             return self.refuse(NO_REPO)
         if route in ("preupload", "paths-info", "commit") and revision not in self.hub.repos[repo_id].revisions:
             return self.refuse(NO_REVISION)
@@ -142,6 +144,10 @@ class _Handler(hub_server.Handler):
                 self.send_json({"files": [self.mode(repo_id, revision, each) for each in json.loads(body)["files"]]})
             case "batch":
                 self.send_json({"transfer": "basic", "objects": [self.object(e) for e in json.loads(body)["objects"]]})
+            case "jobs":
+                self.hub.jobs.append({"namespace": revision, **json.loads(body)})
+                owner = {"id": "1", "name": revision, "type": "org"}
+                self.send_json({"id": "job1", "status": {"stage": "SCHEDULING"}, "owner": owner})
             case "put":
                 self.hub.blobs[revision] = body
                 self.hub.puts[revision] += 1

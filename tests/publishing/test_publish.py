@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 BUSY = Refusal(429, None, "Too many requests")
 FORBIDDEN = Refusal(403, None, "You don't have the rights")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[UploadHub]:
-    """A Hub, and a client in this process that knows no other."""
-    from huggingface_hub import constants
-
-    server = UploadHub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url())
-    template = server.url() + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_a_token_of_the_tests")
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.close()
 
 
 @pytest.fixture
