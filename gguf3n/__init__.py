@@ -52,7 +52,11 @@ if TYPE_CHECKING:
     from gguf3n.inspection.statistics import Risk, Skipped, Statistics, TensorStatistics, f16_risks, measure_statistics
     from gguf3n.planning import Plan, PlannedTensor
     from gguf3n.progress import Progress
+    from gguf3n.publishing.card import Card, CardRow, FileFacts, make_card, read_facts
+    from gguf3n.publishing.checks import RepositoryReport, Tag, lint_repository
     from gguf3n.publishing.manifest import Manifest, make_manifest, read_manifest, record_source, write_manifest
+    from gguf3n.publishing.measured import Measured
+    from gguf3n.publishing.ollama import OllamaFiles, ollama_files
     from gguf3n.publishing.publish import Publication, PublishedFile, publish
     from gguf3n.publishing.verify import Verification, verify
     from gguf3n.quants.api import dequantize, quantize
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Card",
+    "CardRow",
     "Check",
     "Checkpoint",
     "CheckpointError",
@@ -82,6 +88,7 @@ __all__ = [
     "Divergence",
     "Edit",
     "Entry",
+    "FileFacts",
     "Finding",
     "FindingsError",
     "Fix",
@@ -106,7 +113,9 @@ __all__ = [
     "Manifest",
     "MappedTensor",
     "MappingError",
+    "Measured",
     "Measurement",
+    "OllamaFiles",
     "OutputError",
     "Part",
     "PartKind",
@@ -120,6 +129,7 @@ __all__ = [
     "Recipe",
     "Repair",
     "Report",
+    "RepositoryReport",
     "Risk",
     "RowReader",
     "Rule",
@@ -133,6 +143,7 @@ __all__ = [
     "Statistics",
     "Stored",
     "StructureResult",
+    "Tag",
     "TensorChange",
     "TensorError",
     "TensorStatistics",
@@ -155,17 +166,21 @@ __all__ = [
     "f16_risks",
     "find_recipe",
     "lint",
+    "lint_repository",
+    "make_card",
     "make_manifest",
     "measure_importance",
     "measure_statistics",
     "merge_imatrices",
     "mmproj_part",
+    "ollama_files",
     "open_gguf",
     "parse_options",
     "parse_validation",
     "plan",
     "publish",
     "quantize",
+    "read_facts",
     "read_gguf",
     "read_imatrix",
     "read_manifest",
@@ -183,6 +198,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Card": "publishing.card",
+    "CardRow": "publishing.card",
     "Check": "inspection.lint",
     "Checkpoint": "gemma3n.source",
     "CheckpointError": "errors",
@@ -194,6 +211,7 @@ _HOMES = {
     "Divergence": "validation.divergence",
     "Edit": "inspection.edit",
     "Entry": "formats.imatrix",
+    "FileFacts": "publishing.card",
     "Finding": "inspection.lint",
     "FindingsError": "errors",
     "Fix": "inspection.repair",
@@ -218,7 +236,9 @@ _HOMES = {
     "Manifest": "publishing.manifest",
     "MappedTensor": "gemma3n.mapping",
     "MappingError": "errors",
+    "Measured": "publishing.measured",
     "Measurement": "engines.activations",
+    "OllamaFiles": "publishing.ollama",
     "OutputError": "errors",
     "Part": "gemma3n.part",
     "PartKind": "gemma3n.part",
@@ -232,6 +252,7 @@ _HOMES = {
     "Recipe": "recipes",
     "Repair": "inspection.repair",
     "Report": "inspection.lint",
+    "RepositoryReport": "publishing.checks",
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
@@ -245,6 +266,7 @@ _HOMES = {
     "Statistics": "inspection.statistics",
     "Stored": "formats.rows",
     "StructureResult": "validation.structure",
+    "Tag": "publishing.checks",
     "TensorChange": "inspection.diff",
     "TensorError": "validation.tensor_errors",
     "TensorStatistics": "inspection.statistics",
@@ -267,17 +289,21 @@ _HOMES = {
     "f16_risks": "inspection.statistics",
     "find_recipe": "recipes",
     "lint": "inspection.lint",
+    "lint_repository": "publishing.checks",
+    "make_card": "publishing.card",
     "make_manifest": "publishing.manifest",
     "measure_importance": "engines.activations",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
     "mmproj_part": "gemma3n.part",
+    "ollama_files": "publishing.ollama",
     "open_gguf": "formats.gguf_reader",
     "parse_options": "conversion",
     "parse_validation": "validation.options",
     "plan": "conversion",
     "publish": "publishing.publish",
     "quantize": "quants.api",
+    "read_facts": "publishing.card",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
     "read_manifest": "publishing.manifest",

@@ -169,9 +169,7 @@ def size_svg(points: Sequence[SizePoint]) -> str:
         axes.set_ylabel("mean KL divergence, nats")
         n_hidden = len(points) - len(shown)
         axes.set_xlabel("size, GiB" + (f"; not shown: {n_hidden} of no or no finite divergence" if n_hidden else ""))
-        names = [
-            _label(axes, _cut(_shown(point.name)), (point.n_bytes / GIB, point.divergence)) for point in shown
-        ]
+        names = [_label(axes, _cut(_shown(point.name)), (point.n_bytes / GIB, point.divergence)) for point in shown]
         _legend(axes, below=True)
         figure.draw_without_rendering()
         _place_numbers(axes, names)

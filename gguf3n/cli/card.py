@@ -22,10 +22,10 @@ def card(
         str | None, typer.Option(metavar="ORG/REPO", help="Where the files will be: for the card's commands.")
     ] = None,
     base_model: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="The original on the Hub.")] = None,
-    quantized_by: Annotated[str | None, typer.Option(metavar="NAME", help="Who made the files.", show_default="ORG")] = None,
-    picture: Annotated[
-        bool, typer.Option("--picture", help=f"Draw size against KL divergence: {PICTURE}.")
-    ] = False,
+    quantized_by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who made the files.", show_default="ORG")
+    ] = None,
+    picture: Annotated[bool, typer.Option("--picture", help=f"Draw size against KL divergence: {PICTURE}.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

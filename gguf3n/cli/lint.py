@@ -17,7 +17,7 @@ from gguf3n.cli.paint import annotate, filled, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.errors import FindingsError, UsageError
 from gguf3n.formats.gguf_reader import open_gguf
-from gguf3n.inspection.lint import CHECKS, Finding, Report, Severity
+from gguf3n.inspection.lint import CHECKS, Check, Finding, Report, Severity
 from gguf3n.inspection.lint import lint as run_lint
 from gguf3n.progress import OnProgress
 from gguf3n.publishing.checks import REPOSITORY_CHECKS, RepositoryReport, Tag, lint_repository
@@ -123,8 +123,10 @@ def _tag_lines(tags: Sequence[Tag]) -> Iterator[str]:
         if tag.mmproj is not None:
             ours += f" with {tag.mmproj}"
         same = tag.ollama == ((tag.llama_cpp,) if tag.llama_cpp is not None else ())
-        yield f"{name:<{max(width, len('no tag'))}}  {ours}" if same else (
-            f"{name:<{max(width, len('no tag'))}}  {ours} (llama.cpp), {others} (Ollama)"
+        yield (
+            f"{name:<{max(width, len('no tag'))}}  {ours}"
+            if same
+            else (f"{name:<{max(width, len('no tag'))}}  {ours} (llama.cpp), {others} (Ollama)")
         )
 
 
@@ -150,7 +152,7 @@ def _counted(n: int, word: str) -> str:
 
 
 def _print_annotations(reports: Sequence[Report]) -> None:
-    """Those that GitHub shows of each severity; the last of them says where more are left, which stand below as text."""
+    """Those that GitHub shows of each severity; the last of them says how many are left, which are printed as text."""
     for severity in Severity:
         found = [
             (report.name, finding)
@@ -191,7 +193,7 @@ def _as_json(report: Report, *, ok: bool) -> dict[str, Any]:
 
 
 def _print_checks(*, as_json: bool) -> None:
-    every = (*CHECKS, *REPOSITORY_CHECKS)
+    every: tuple[Check[Any], ...] = (*CHECKS, *REPOSITORY_CHECKS)
     if as_json:
         print_json({"schema": SCHEMA, "checks": [{**c.as_dict(), "group": c.group.value} for c in every]})
         return

@@ -18,9 +18,7 @@ SCHEMA = "gguf3n.ollama/1"
 def ollama(
     file: Annotated[Path, typer.Argument(help="The text model's GGUF file.")],
     mmproj: Annotated[Path | None, typer.Option(metavar="FILE", help="The mmproj file to be used with it.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A directory.", show_default="FILE's")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A directory.", show_default="FILE's")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A chat template of your own, in Go's language.")

@@ -138,15 +138,21 @@ def _layout(
     return Check(id, severity, meaning, fix, Group.LAYOUT, find)
 
 
-def _model(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check[Subject]:
+def _model(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.MODEL, find)
 
 
-def _mmproj(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check[Subject]:
+def _mmproj(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.MMPROJ, find)
 
 
-def _values(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check[Subject]:
+def _values(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.VALUES, find)
 
 

@@ -1,7 +1,7 @@
 """A repository's card: README.md, with the Notice and SHA256SUMS that it speaks of.
 
-What is ours stands between two marks and is written anew each time; what people wrote around it stays, and so do the keys
-of the front matter that do not follow from the files. The same files give the same bytes: there is no date unless
+What is ours stands between two marks and is written anew each time; what people wrote around it stays, and so do the
+keys of the front matter that do not follow from the files. The same files give the same bytes: there is no date unless
 SOURCE_DATE_EPOCH has one.
 """
 
@@ -22,7 +22,8 @@ from gguf3n.errors import SourceError, UsageError
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, open_gguf
 from gguf3n.formats.small_file import is_there, read_text
 from gguf3n.formats.whole_file import check_output, write_whole
-from gguf3n.gemma3n import mmproj, text
+from gguf3n.gemma3n.mmproj import ARCH as ENCODERS_ARCH
+from gguf3n.gemma3n.text import ARCH as TEXT_ARCH
 from gguf3n.inspection.summary import architecture
 from gguf3n.outside import one_line
 from gguf3n.plots import SizePoint, check_matplotlib, size_svg
@@ -66,15 +67,24 @@ class FileFacts:
 
     @property
     def is_model(self) -> bool:
-        return self.kind == text.ARCH
+        return bool(self.kind == TEXT_ARCH)
 
     @property
     def label(self) -> str | None:
         return labels.hub_label(self.name)
 
+    @property
+    def recipe_name(self) -> str | None:
+        """What it would be made with here, as "Q4_K_M" and "Q4_K_M@llama.cpp"; None without a label."""
+        if self.label is None:
+            return None
+        words = VARIANT_LABELS.items()
+        variant = next((it for it, word in words if f"-{word}-{self.label}.".lower() in self.name.lower()), None)
+        return self.label if variant is None else f"{self.label}@{variant}"
+
 
 @dataclass(frozen=True)
-class Row:
+class CardRow:
     """A model on the card: what it is, how near to its source, and the tag that means it in both programs."""
 
     facts: FileFacts
@@ -106,7 +116,7 @@ class Card:
     directory: Path
     repo: str
     texts: Mapping[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[CardRow, ...]
     notices: tuple[str, ...] = ()
 
     def write(self) -> list[Path]:
@@ -123,15 +133,13 @@ class Card:
 def read_facts(path: str | Path) -> FileFacts:
     """What a card says of a file. Raises: GGUFError; SourceError for the file of another model."""
     gguf = open_gguf(path)
-    kind = architecture(gguf)
     said = gguf.keys.get(Keys.General.TYPE)
-    if said is not None and said.value == IMATRIX:
-        kind = IMATRIX
-    if kind not in (text.ARCH, mmproj.ARCH, IMATRIX):
+    kind = IMATRIX if said is not None and said.value == IMATRIX else architecture(gguf) or "nothing"
+    if kind not in (TEXT_ARCH, ENCODERS_ARCH, IMATRIX):
         raise SourceError(
             f"{path}: not a file of Gemma 3n",
-            expected=f"general.architecture {text.ARCH} or {mmproj.ARCH}, or an importance matrix",
-            found=kind or "nothing",
+            expected=f"general.architecture {TEXT_ARCH} or {ENCODERS_ARCH}, or an importance matrix",
+            found=kind,
             fix="keep the files of other models in other directories",
         )
     name = labels.file_name(str(gguf.parts[0].name).replace("\\", "/"))
@@ -179,8 +187,8 @@ def make_card(
         elsewhere: of files that belong to the repository and are not here: what they are, and their SHA-256.
         progress: told of checksums.
 
-    Raises: UsageError for a directory without models, options or a card that can't be used; GGUFError and SourceError, as
-        `read_facts`; OutputError.
+    Raises: UsageError for a directory without models, options or a card that can't be used; GGUFError and SourceError,
+        as `read_facts`.
     """
     directory = Path(directory)
     for option, value in (("--repo", repo), ("--base-model", base_model)):
@@ -270,7 +278,7 @@ def _around(card: str, name: str) -> tuple[str, str | None, str]:
     return card[: begins[0].start()], begins[0]["repo"], card[end + len(END) :]
 
 
-def _rows(facts: Sequence[FileFacts], paths: Sequence[str], measured: Mapping[str, Measured]) -> list[Row]:
+def _rows(facts: Sequence[FileFacts], paths: Sequence[str], measured: Mapping[str, Measured]) -> list[CardRow]:
     """Models, the largest first, and which of them to recommend."""
     models = sorted((fact for fact in facts if fact.is_model), key=lambda fact: (-fact.n_bytes, fact.name))
     good = [fact for fact in models if fact.name not in measured or measured[fact.name].verdict != "fail"]
@@ -278,7 +286,7 @@ def _rows(facts: Sequence[FileFacts], paths: Sequence[str], measured: Mapping[st
     by_label = [fact for wanted in labels.DEFAULTS for fact in plain if _tag(fact, paths) == wanted]
     nearest = sorted(plain, key=lambda fact: abs(fact.bits_per_weight - GOOD_BITS))
     chosen = next(iter((*by_label, *nearest)), None)
-    return [Row(fact, measured.get(fact.name), _tag(fact, paths), fact is chosen) for fact in models]
+    return [CardRow(fact, measured.get(fact.name), _tag(fact, paths), fact is chosen) for fact in models]
 
 
 def _tag(fact: FileFacts, paths: Sequence[str]) -> str | None:
@@ -290,10 +298,14 @@ def _tag(fact: FileFacts, paths: Sequence[str]) -> str | None:
 
 
 def _values(
-    rows: Sequence[Row], facts: Sequence[FileFacts], front: Mapping[str, Any], base_model: str | None, by: str | None
+    rows: Sequence[CardRow],
+    facts: Sequence[FileFacts],
+    front: Mapping[str, Any],
+    base_model: str | None,
+    by: str | None,
 ) -> dict[str, Any]:
     """The front matter: what follows from the files is said anew, of all else only what is missing."""
-    sees = any(fact.kind == mmproj.ARCH for fact in facts)
+    sees = any(fact.kind == ENCODERS_ARCH for fact in facts)
     own = ["gguf", "gemma3n", "conversational", *(["imatrix"] if any(row.facts.calibration for row in rows) else [])]
     old = front.get("tags")
     tags = [str(tag) for tag in old] if isinstance(old, list) else [old] if isinstance(old, str) else []
@@ -317,7 +329,7 @@ def _values(
 
 
 def _block(
-    rows: Sequence[Row],
+    rows: Sequence[CardRow],
     facts: Sequence[FileFacts],
     paths: Sequence[str],
     repo: str,
@@ -340,7 +352,7 @@ def _block(
     return "\n\n".join(parts) + "\n\n"
 
 
-def _table(rows: Sequence[Row], facts: Sequence[FileFacts]) -> Table:
+def _table(rows: Sequence[CardRow], facts: Sequence[FileFacts]) -> Table:
     headings = ["file", "tag", "bits", "GiB", "KL", "top-1", "perplexity", "for whom"]
     align = "<<>>>>><"
     cells = [_cells(row) for row in rows]
@@ -357,11 +369,11 @@ def _table(rows: Sequence[Row], facts: Sequence[FileFacts]) -> Table:
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: CardRow) -> list[str]:
     found = row.measured or Measured("")
     numbers = [
         "" if found.kl is None else f"{found.kl:.4g}",
-        "" if found.top1 is None else f"{100 * found.top1:.1f} %",
+        "" if found.top1 is None else f"{found.top1:.1%}",
         "" if found.perplexity is None else f"{found.perplexity:.4g}",
     ]
     tag = "" if row.tag is None else f":{row.tag}"
@@ -380,21 +392,15 @@ def _advice(fact: FileFacts) -> str:
     """What our recipe of this name says of itself."""
     if fact.kind == IMATRIX:
         return "The importance matrix: for making other files, not for running."
-    label = fact.label
-    if label is None:
-        return ""
-    variant = next(
-        (name for name, word in VARIANT_LABELS.items() if f"-{word}-{label}.".lower() in fact.name.lower()), None
-    )
     part = For.TEXT if fact.is_model else For.MMPROJ
     try:
-        summary = find_recipe(label if variant is None else f"{label}@{variant}", part).summary
+        summary = "" if fact.recipe_name is None else find_recipe(fact.recipe_name, part).summary
     except UsageError:  # another's, or Unsloth's newest
         summary = ""
     return summary if fact.is_model else f"For images, beside any model above. {summary}".strip()
 
 
-def _how_measured(rows: Sequence[Row]) -> Iterator[str]:
+def _how_measured(rows: Sequence[CardRow]) -> Iterator[str]:
     found = [row.measured for row in rows if row.measured is not None and row.measured.kl is not None]
     if not found:
         return
@@ -414,9 +420,7 @@ def _how_measured(rows: Sequence[Row]) -> Iterator[str]:
     )
 
 
-def _commands(
-    rows: Sequence[Row], facts: Sequence[FileFacts], paths: Sequence[str], repo: str
-) -> Iterator[str]:
+def _commands(rows: Sequence[CardRow], facts: Sequence[FileFacts], paths: Sequence[str], repo: str) -> Iterator[str]:
     """For the recommended file, or else the first: by its tag where that means it everywhere, else by its name."""
     row = next((row for row in rows if row.is_recommended), rows[0])
     name = shlex.quote(row.facts.name)
@@ -434,17 +438,17 @@ def _commands(
     sees = labels.llama_cpp_mmproj(paths, row.facts.name)
     if sees is not None:
         yield (
-            f"For images llama.cpp takes {markdown_code(sees)} by itself; with `-m` give it with `--mmproj`. LM Studio finds "
-            "it in the same folder."
+            f"For images llama.cpp takes {markdown_code(sees)} by itself; with `-m` give it with `--mmproj`. LM Studio "
+            "finds it in the same folder."
         )
     yield "The chat format is Gemma's, and stands in the files. Take temperature 1.0, top-k 64, top-p 0.95, min-p 0:"
     yield "```\n<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n```"
 
 
-def _how_made(rows: Sequence[Row], paths: Sequence[str]) -> Iterator[str]:
+def _how_made(rows: Sequence[CardRow], paths: Sequence[str]) -> Iterator[str]:
     by_matrix: dict[str | None, list[str]] = {}
     for row in rows:
-        by_matrix.setdefault(row.facts.calibration, []).append(row.facts.label or row.facts.name)
+        by_matrix.setdefault(row.facts.calibration, []).append(row.facts.recipe_name or row.facts.name)
     for matrix, names in by_matrix.items():
         which = ", ".join(dict.fromkeys(map(markdown, names)))
         how = "without an importance matrix" if matrix is None else f"with the importance matrix {markdown(matrix)}"
@@ -452,12 +456,15 @@ def _how_made(rows: Sequence[Row], paths: Sequence[str]) -> Iterator[str]:
     if any(path.endswith(".manifest.json") for path in paths):
         yield "Beside each file stands a manifest: `gguf3n verify FILE --source SRC` makes the file again and compares."
     yield "Checksums: `sha256sum -c SHA256SUMS`."
-    yield f"{markdown(terms.SENTENCE)} (see [{NOTICE_FILE}]({NOTICE_FILE})). The files are modified: converted and quantized."
+    yield (
+        f"{markdown(terms.SENTENCE)} (see [{NOTICE_FILE}]({NOTICE_FILE})). "
+        "The files are modified: converted and quantized."
+    )
 
 
-def _picture(rows: Sequence[Row]) -> str:
+def _picture(rows: Sequence[CardRow]) -> str:
     points = [
-        SizePoint(row.facts.label or row.facts.name, row.facts.n_bytes, row.measured.kl, row.is_recommended)
+        SizePoint(row.facts.recipe_name or row.facts.name, row.facts.n_bytes, row.measured.kl, row.is_recommended)
         for row in rows
         if row.measured is not None and row.measured.kl is not None
     ]

@@ -18,7 +18,7 @@ from typing import Any
 
 from gguf.constants import Keys
 
-from gguf3n.errors import GGUFError, Gguf3nError
+from gguf3n.errors import Gguf3nError, GGUFError
 from gguf3n.formats.gguf_reader import LFS_POINTER, open_gguf
 from gguf3n.formats.hub import file_hash
 from gguf3n.gemma3n.mmproj import ARCH as ENCODERS
@@ -56,7 +56,9 @@ CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)[\"']", re.IGNORECASE)
 TAGGED = re.compile(r"(?:-hf(?:-repo)?[ =]|hf\.co/)([\w.-]+/[\w.-]+):([\w.-]+)")
 OTHER_PLACE = re.compile(r"[a-z][a-z0-9+.-]*:|#|//", re.IGNORECASE)
-HUB_FILE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve|raw)/[^/]+/(?P<path>.+)")
+HUB_FILE = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve|raw)/[^/]+/(?P<path>.+)"
+)
 
 
 class Seen:
@@ -104,7 +106,7 @@ def no_model(seen: Seen) -> Iterator[Found]:
 
 
 def hidden_models(seen: Seen) -> Iterator[Found]:
-    """Why by the header where there is one: an importance matrix may be named after the file that it was measured on."""
+    """Why by the header where there is one: an importance matrix may be named after the file it was measured on."""
     for path in seen.paths:
         word = labels.hidden_by(path)
         if word is None or not path.endswith(labels.SUFFIX) or labels.file_name(path).startswith(word):
@@ -370,7 +372,10 @@ def checksums(seen: Seen) -> Iterator[Found]:
             yield Found(path, f"is not in {SUMS}")
     if seen.with_data and seen.repository.directory is not None:
         for path, expected in sums.items():
-            if path in seen.repository.sizes and file_hash(seen.repository.directory / path, is_sha256=True) != expected:
+            if (
+                path in seen.repository.sizes
+                and file_hash(seen.repository.directory / path, is_sha256=True) != expected
+            ):
                 yield Found(path, f"is another file than {SUMS} says")
 
 

@@ -1,9 +1,9 @@
 """The YAML at the top of a card: what it says, and changing a key without touching what people wrote around it.
 
-    ---
-    license: gemma
-    ---
-    # The card
+---
+license: gemma
+---
+# The card
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def with_values(text: str, values: Mapping[str, Any]) -> str:
-    """The card with these keys: those that are there with another value are replaced in their place, new ones stand last.
+    """The card with these keys: those that are there with another value are replaced in place, new ones stand last.
 
     Raises: ValueError, as `parse`.
     """

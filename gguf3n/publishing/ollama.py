@@ -61,7 +61,7 @@ PARAMETERS: Mapping[str, Any] = {
     "min_p": 0.0,
     "repeat_penalty": 1.0,
 }
-"""What Gemma is to be sampled with. Why also what is no more than off: Ollama's own defaults were others before 0.33."""
+"""What Gemma is to be sampled with. Why also what is off: repeat_penalty was 1.1 by default until Ollama 0.32.10."""
 
 SAMPLING_KEYS = {"temperature": "general.sampling.temp", "top_k": "general.sampling.top_k"} | {
     name: f"general.sampling.{name}" for name in ("top_p", "min_p")
@@ -120,8 +120,8 @@ def ollama_files(
         template: a file with a template in Go's language, to be written instead of TEMPLATE.
         num_ctx: tokens of context; by default what the model was made for.
 
-    Raises: GGUFError; SourceError for the file of another model; UsageError for a text that a Modelfile can't hold, or a
-        number of tokens that can't be.
+    Raises: GGUFError; SourceError for the file of another model; UsageError for a text that a Modelfile can't hold, or
+        a number of tokens that can't be; OutputError where something that is read would be replaced.
     """
     path = Path(file)
     directory = Path(output) if output is not None else path.parent

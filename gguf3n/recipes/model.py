@@ -150,8 +150,8 @@ class Decision:
 VARIANT_LABELS = {"llama.cpp": "llama.cpp", "2025": "llama.cpp-2025"}
 """What stands before a mixture's name in the names of its variants' files.
 
-Why before: `:Q4_K_M` finds what has `Q4_K_M.` or `Q4_K_M-` in its name, not `Q4_K_M@`. Why in lower case: of two such files
-the first in the listing is taken, and capitals come first, so that `NAME-Q4_K_M.gguf` goes before `NAME-llama.cpp-…`.
+Why before: `:Q4_K_M` finds what has `Q4_K_M.` or `Q4_K_M-` in its name, not `Q4_K_M@`. Why in lower case: of two such
+files the first in the listing is taken, and capitals come first: `NAME-Q4_K_M.gguf` before `NAME-llama.cpp-…`.
 """
 
 

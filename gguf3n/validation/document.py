@@ -222,8 +222,7 @@ def markdown_block(block: Block) -> str:
         return _markdown_table(block.table)
     if isinstance(block, Problems):
         lines = [
-            f"- **{p.verdict.value}** {markdown_code(p.where)}: {markdown(p.what)}"
-            for p in block.problems[:N_PROBLEMS]
+            f"- **{p.verdict.value}** {markdown_code(p.where)}: {markdown(p.what)}" for p in block.problems[:N_PROBLEMS]
         ]
         more = len(block.problems) - N_PROBLEMS
         return "\n".join([*lines, *([f"- and {more} more"] if more > 0 else [])])

@@ -46,7 +46,10 @@ CHATS: Mapping[str, Sequence[Message]] = {
     "answer not begun": [user("Say hello."), model("")],
     "empty question": [user("")],
     "empty turns": [user(""), model(""), user("")],
-    "unicode": [system("Sé breve. 🙂"), user("¿Por qué es azul? 为什么天是蓝的? \u200fשלום é"), model("因为 — ☁️"), user("नमस्ते")],
+    "unicode": [
+        system("Sé breve. 🙂"),
+        user("¿Por qué es azul? 为什么天是蓝的? \u200f\u05e9\u05dc\u05d5\u05dd é"), model("因为 — ☁️"), user("नमस्ते"),
+    ],
     "marks in a text": [user("What is <end_of_turn>? And <start_of_turn>model\nthis?")],
     "go's braces": [user("{{ .Messages }} {{ end }} {%- if %}"), model("`{{`"), user('"quotes" \\n')],
     "html": [user("<b>a & b</b> 'c'")],

@@ -95,7 +95,7 @@ def test_the_card(folder: Path) -> None:
     ]  # fmt: skip
     size = (folder / "tiny-Q4_K_M.gguf").stat().st_size / 2**30
     bits = gguf3n.open_gguf(folder / "tiny-Q4_K_M.gguf").bits_per_weight
-    assert rows["tiny-Q4_K_M.gguf"][1:-1] == ["`:Q4_K_M`", f"{bits:.2f}", f"{size:.2f}", "0.02", "95.0 %", "8.25"]
+    assert rows["tiny-Q4_K_M.gguf"][1:-1] == ["`:Q4_K_M`", f"{bits:.2f}", f"{size:.2f}", "0.02", "95.0%", "8.25"]
     assert [name for name, row in rows.items() if row[-1].startswith("Recommended.")] == ["tiny-Q4_K_M.gguf"]
     assert "llama-quantize writes today" in rows["tiny-llama.cpp-Q4_0.gguf"][-1]
     assert rows["tiny-Q4_0.gguf"][1] == "" and rows["mmproj-tiny-F16.gguf"][-1].startswith("For images")
@@ -134,8 +134,8 @@ def test_twice_gives_the_same_bytes(folder: Path) -> None:
 
 
 def test_what_people_wrote_stays(folder: Path) -> None:
-    own = "---\n# mine\nlanguage:\n- de\n\ntags:\n- poetry\nlicense: other  # asked\nlibrary_name: llama\n---\n# My model\n\nHello.\n"
-    (folder / "README.md").write_text(own)
+    front = "# mine\nlanguage:\n- de\n\ntags:\n- poetry\nlicense: other  # asked\nlibrary_name: llama\n"
+    (folder / "README.md").write_text(f"---\n{front}---\n# My model\n\nHello.\n")
     write(folder)
     card = (folder / "README.md").read_text()
     assert "# My model\n\nHello.\n\n<!-- gguf3n:begin" in card and card.count("# My model") == 1
@@ -192,14 +192,15 @@ def test_a_file_that_fails_is_not_recommended(folder: Path) -> None:
 
 
 def test_the_importance_matrix_is_named(folder: Path) -> None:
-    matrix = ImportanceMatrix(folder, {"blk.0.attn_q.weight": Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))}, (), 1, 1)  # fmt: skip
+    entry = Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))
+    matrix = ImportanceMatrix(folder, {"blk.0.attn_q.weight": entry}, (), 1, 1)
     write_imatrix(matrix, folder / "tiny-imatrix.gguf")
     for key, kind, value in (("file", VT.STRING, "/x/tiny|imatrix.gguf"), ("dataset", VT.STRING, "calm_*.txt")):
         set_key(folder / "tiny-Q4_0.gguf", f"quantize.imatrix.{key}", kind, value)
     set_key(folder / "tiny-Q4_0.gguf", "quantize.imatrix.chunks_count", VT.UINT32, 40)
     card = write(folder)
     assert r"- Q4\_0: with the importance matrix tiny\|imatrix.gguf, measured on calm\_\*.txt, 40 chunks." in card
-    assert "Q8\\_0, Q4\\_0, Q4\\_K\\_M: without" in card and "for making other files" in card
+    assert "Q8\\_0, Q4\\_0\\@llama.cpp, Q4\\_K\\_M: without" in card and "for making other files" in card
     assert "imatrix" in front_matter.parse(card)["tags"]
 
 

@@ -17,8 +17,10 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import compile_quantizers
 import gguf3n
 from gguf3n.cli import app
+from gguf3n.quants import QUANTIZERS
 from tests import micro
 from workshop.places import DOCS, ROOT
 
@@ -80,7 +82,7 @@ class Runner:
         return re.sub(r"\$\{\{ ([\w.-]+) \}\}", lambda found: self.value(found[1]), text)
 
     def wanted(self, condition: str) -> bool:
-        name, operator, value = re.fullmatch(r"(\S+) (!=) '(.*)'", condition).groups()  # type: ignore[union-attr]
+        name, value = re.fullmatch(r"(\S+) != '(.*)'", condition).groups()  # type: ignore[union-attr]
         return self.value(name) != value
 
     def run(self) -> int:
@@ -108,7 +110,13 @@ class Runner:
 
 def test_the_action_converts_describes_and_checks(tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "my model").symlink_to(tiny_checkpoint)
-    inputs = {"source": "my model", "quant": "Q8_0\n Q4_0 ", "card": "me/x-GGUF", "base-model": "me/x", "extras": "plot"}
+    inputs = {
+        "source": "my model",
+        "quant": "Q8_0\n Q4_0 ",
+        "card": "me/x-GGUF",
+        "base-model": "me/x",
+        "extras": "plot",
+    }
     runner = Runner(tmp_path, inputs | {"directory": "out dir"})
     assert runner.run() == 0, runner.log
     assert runner.installed.read_text() == f"{ROOT}[plot]"
@@ -155,7 +163,7 @@ def test_the_actions_form() -> None:
     assert len(set(ids)) == len(ids)
     text = (ROOT / "action.yml").read_text("utf-8")
     assert set(re.findall(r"inputs\.([\w-]+)", text)) == set(ACTION["inputs"])
-    assert {step for step in re.findall(r"steps\.(\w+)\.", text)} <= set(ids)
+    assert set(re.findall(r"steps\.(\w+)\.", text)) <= set(ids)
     for row in (*ACTION["inputs"].values(), *ACTION["outputs"].values()):
         assert row["description"]
     for row in ACTION["inputs"].values():
@@ -185,7 +193,9 @@ def test_hooks(hook: dict[str, Any]) -> None:
     assert {"id", "name", "entry", "language", "files", "description"} <= set(hook)
     program, name, *words = [*shlex.split(hook["entry"]), *hook.get("args", [])]
     assert program == "gguf3n" and hook["language"] == "python" and hook["require_serial"] is True
-    matched = [path for path in ("a.gguf", "b/c.gguf", "README.md", "a.gguf.txt", "params") if re.search(hook["files"], path)]
+    matched = [
+        path for path in ("a.gguf", "b/c.gguf", "README.md", "a.gguf.txt", "params") if re.search(hook["files"], path)
+    ]
     assert "b/c.gguf" in matched and "a.gguf.txt" not in matched
     command: Any = get_command(app)
     context = command.make_context("gguf3n", [name, *words, *(() if hook.get("pass_filenames") is False else matched)])
@@ -211,9 +221,5 @@ def test_the_image() -> None:
 
 
 def test_every_quantizer_is_compiled_for_the_image(capsys: pytest.CaptureFixture[str]) -> None:
-    import compile_quantizers
-
-    from gguf3n.quants import QUANTIZERS
-
     compile_quantizers.main()
     assert capsys.readouterr().out == f"{len(QUANTIZERS)} quantizers compiled\n"

@@ -209,7 +209,9 @@ def test_what_can_not_be(model: Path, options: dict[str, Any], message: str) -> 
         ollama_files(model, **options)
 
 
-@pytest.mark.parametrize(("name", "is_kept"), [("with a space.gguf", True), ("a\nb.gguf", False), ("a\u00a0b.gguf", False)])
+@pytest.mark.parametrize(
+    ("name", "is_kept"), [("with a space.gguf", True), ("a\nb.gguf", False), ("a\u00a0b.gguf", False)]
+)
 def test_names_of_files(model: Path, tmp_path: Path, name: str, is_kept: bool) -> None:
     path = Path(shutil.copy(model, tmp_path / name))
     if is_kept:

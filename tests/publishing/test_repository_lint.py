@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -65,10 +64,10 @@ def seeing(*names: str, task: str = "image-text-to-text") -> Files:
 
 FAULTS: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "lfs-pointer": ({"m-Q4_K_M.gguf": LFS_POINTER + b"\noid sha256:00\nsize 5\n"}, (), "m-Q4_K_M.gguf is a Git LFS"),
-    "no-model": ({"mmproj-m-F16.gguf": b""} | card("text-generation", "image-text-to-text"), ("m-Q4_K_M.gguf",), "has no GGUF"),
+    "no-model": (seeing("mmproj-m-F16.gguf"), ("m-Q4_K_M.gguf",), "has no GGUF"),
     "hidden-model": ({"m-imatrix-Q8_0.gguf": b"GGUF"}, (), "'imatrix' in its name"),
     "no-label": ({"m-mine.gguf": b"GGUF"}, (), "m-mine.gguf"),
-    "same-label": ({"m-llama.cpp-Q4_K_M.gguf": b"GGUF"}, (), "Q4_K_M is the label of m-Q4_K_M.gguf and of m-llama.cpp-"),
+    "same-label": ({"m-llama.cpp-Q4_K_M.gguf": b"GGUF"}, (), "Q4_K_M is the label of m-Q4_K_M.gguf and of m-llama"),
     "other-file": (
         {"m-F16.gguf": b"GGUF", "m-BF16.gguf": b"GGUF"}, (), ":F16 gives m-BF16.gguf in llama.cpp, not m-F16.gguf",
     ),
@@ -91,7 +90,7 @@ FAULTS: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "card-library": (card("library_name: gguf", "library_name: transformers"), (), "'transformers', not gguf"),
     "card-task": (seeing("mmproj-m-F16.gguf", task="text-generation"), (), "not image-text-to-text"),
     "dead-link": (card("(m-Q4_K_M.gguf)", "(./m-Q5_K_M.gguf?download=true)"), (), "m-Q5_K_M.gguf?download=true leads"),
-    "dead-tag": (card("-hf me/m-GGUF:Q4_K_M", "-hf me/m-GGUF:Q5_K_M"), (), "me/m-GGUF:Q5_K_M gives no file in llama.cpp"),
+    "dead-tag": (card("-hf me/m-GGUF:Q4_K_M", "-hf me/m-GGUF:Q5_K_M"), (), "me/m-GGUF:Q5_K_M gives no file in"),
     "no-notice": ({"Notice": b"Enjoy."}, (), "Notice does not say"),
     "hub-params": ({"params": b'{"temprature": 1}'}, (), "params: temprature is no parameter"),
     "hub-template": ({"template": b"{{ if .Messages }}x"}, (), "lacks 1 {{ end }}"),
