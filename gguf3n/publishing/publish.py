@@ -396,6 +396,12 @@ class _Publication:
             path = self.directory / file.name
             check_not_input(path, *self.options.conversion.inputs, *self.source.files)
             force = self.options.conversion.force or self.ledger.is_ours(file.name)
+            if not force and file.name in self.ledger.files:
+                raise OutputError(
+                    f"{path} was changed since it was made",
+                    expected=f"SHA-256 {self.ledger.files[file.name]['sha256']}",
+                    fix="move it away, or add --force to make it again",
+                )
             check_output(path, force=force)
             known = file.name in self.ledger.pending or file.name in self.ledger.files
             check_output(manifest_path(path), force=force and (known or self.options.conversion.force))

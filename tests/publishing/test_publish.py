@@ -210,7 +210,7 @@ def test_what_is_there_and_not_ours(hub: UploadHub, source: Path, tmp_path: Path
         (tmp_path / "micro-GGUF" / name).unlink()
     publish("Q8_0")
     (tmp_path / "micro-GGUF" / NAMES[0]).write_text("changed")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="was changed since it was made"):
         publish("Q8_0")
     assert publish("Q8_0", force=True).files[0].state == "made"
 
@@ -221,7 +221,7 @@ def test_a_damaged_file_of_ours_is_told(hub: UploadHub, source: Path, tmp_path: 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="was changed since it was made"):
         publish("Q8_0", local=True, directory="out")
 
 
@@ -301,7 +301,7 @@ def test_bad_input(
     assert hub.requests == [] and not Path("micro-GGUF").exists()
 
 
-def test_an_error_of_the_repository_class(hub: UploadHub) -> None:
+def test_files_of_a_repository(hub: UploadHub) -> None:
     hub.add("me/there", {"README.md": b"# x\n"})
     there = Repository("me/there")
     assert there.fetch("README.md") == b"# x\n"
