@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from gguf3n.errors import Interrupted, QuantizationError
 from gguf3n.formats.gguf_layout import QType, row_bytes
-from gguf3n.formats.gguf_writer import GGUFWriter
+from gguf3n.formats.gguf_writer import GGUFWriter, Sink
 from gguf3n.formats.rows import CHUNK_WEIGHTS, Arithmetic, Chunk, RowReader, Rows, Values, chunks, dequantize_into
 from gguf3n.planning import Plan, PlannedTensor
 from gguf3n.progress import Meter, OnProgress
@@ -65,6 +65,7 @@ def run(
     force: bool = False,
     progress: OnProgress | None = None,
     chunk_weights: int = CHUNK_WEIGHTS,
+    sink: Callable[..., Sink] = GGUFWriter,
 ) -> None:
     """Write every plan's file from one read of the sources.
 
@@ -73,6 +74,7 @@ def run(
         threads: workers; see default_threads.
         force: replace files that exist.
         progress: called from the calling thread, in bytes of the source.
+        sink: what takes a file's data; made as a GGUFWriter is.
 
     Raises: QuantizationError for a value that is not finite; CheckpointError, OutputError; Interrupted on Ctrl-C. No
         file stands under its final name unless all are complete.
@@ -83,7 +85,7 @@ def run(
     stop = threading.Event()
     try:
         with ExitStack() as stack:
-            opened = [(plan, stack.enter_context(GGUFWriter(path, plan.layout, force=force))) for plan, path in outputs]
+            opened = [(plan, stack.enter_context(sink(path, plan.layout, force=force))) for plan, path in outputs]
             work = _Work(opened, RowReader(arithmetic), quantize_rows, stop, progress, chunk_weights)
             stack.callback(work.reader.close)
             run_workers(work.loop, threads or default_threads(), stop, work.meter.report)
@@ -98,7 +100,7 @@ def run(
 class _Place:
     """Where rows go: from `offset` on in one file."""
 
-    writer: GGUFWriter
+    writer: Sink
     offset: int
 
 
@@ -110,7 +112,7 @@ class _Wanted:
     places: list[_Place]
 
 
-def _meet(outputs: Sequence[tuple[Plan, GGUFWriter]]) -> dict[Rows, list[_Wanted]]:
+def _meet(outputs: Sequence[tuple[Plan, Sink]]) -> dict[Rows, list[_Wanted]]:
     """What the outputs want of each row range, in the order in which they name them."""
     wanted: dict[Rows, dict[tuple[QType, int], _Wanted]] = {}
     for plan, writer in outputs:
@@ -131,7 +133,7 @@ class _Work:
 
     def __init__(
         self,
-        outputs: Sequence[tuple[Plan, GGUFWriter]],
+        outputs: Sequence[tuple[Plan, Sink]],
         reader: RowReader,
         quantize_rows: Callable[..., bool],
         stop: threading.Event,

@@ -21,6 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 BELOW: dict[str, set[str]] = {
     "outside": set(),
     "errors": {"outside"},
+    "dates": {"errors"},
     "progress": set(),
     "workers": {"errors"},
     "regexes": set(),
@@ -38,12 +39,13 @@ BELOW: dict[str, set[str]] = {
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
-        "outside", "plots", "progress", "workers",
+        "dates", "outside", "plots", "progress", "workers",
     },
     "publishing": {
         "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
-        "plots", "validation", "outside", "progress", "workers", "",
+        "plots", "regexes", "validation", "dates", "outside", "progress", "workers", "",
     },
+    "schemas": {"inspection", "publishing", "recipes", "validation"},
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
         "adapter_file", "slicing", "publishing", "validation", "outside", "progress", "workers", "",
@@ -68,11 +70,13 @@ ONLY_IN = {
     "rich": "cli",
     "sentencepiece": "gemma3n",
     "huggingface_hub": "formats",
+    "distributed": "publishing",
 }
 """Third-party package -> the one room that may import it."""
 
 NEVER_AT_THE_TOP = (
     "torch", "transformers", "xllamacpp", "psutil", "matplotlib", "sentencepiece", "huggingface_hub", "rich",
+    "distributed",
 )  # fmt: skip
 
 

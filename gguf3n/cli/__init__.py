@@ -49,6 +49,8 @@ COMMANDS: Mapping[str, Command] = {
     "validate": Command("Compare a GGUF file with its source, tensor by tensor, token by token."),
     "slices": Command("List the MatFormer slices of E4B: sizes, published MMLU, engines."),
     "slice": Command("Write a MatFormer slice as a checkpoint of its own."),
+    "publish": Command("Make GGUF files with card, checksums and manifests, and upload them."),
+    "verify": Command("Make a GGUF file again from its source and its manifest; say where it differs."),
     "imatrix": Command(
         "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}
     ),

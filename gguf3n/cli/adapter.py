@@ -10,7 +10,7 @@ from gguf3n.adapter_file import TYPES, plan_adapter
 from gguf3n.cli import options
 from gguf3n.cli.console import print_json, print_note
 from gguf3n.cli.progress import progress_bar
-from gguf3n.cli.writing import plan_json, print_plan, print_written, tell_findings
+from gguf3n.cli.writing import SCHEMA, plan_json, print_plan, print_written, tell_findings
 from gguf3n.conversion import output_paths, write
 
 
@@ -45,7 +45,7 @@ def adapter(
     for notice in plan.notices:
         print_note("note", notice, quiet=quiet)
     tell_findings(plan.findings, quiet=quiet)
-    result: dict[str, Any] = {"source": plan.part.source.origin, "notices": list(plan.notices)}
+    result: dict[str, Any] = {"schema": SCHEMA, "source": plan.part.source.origin, "notices": list(plan.notices)}
     if dry_run:
         (path,) = output_paths([plan.part.file_name(plan.recipe.name)], output)
         if json:

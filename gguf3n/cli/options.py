@@ -81,6 +81,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and writ
 Json = Annotated[bool, typer.Option("--json", help="One JSON result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and results.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Manifest = Annotated[
+    bool,
+    typer.Option("--manifest", help="Write a manifest beside each file: what it was made of, for `gguf3n verify`."),
+]
 Validate = Annotated[bool, typer.Option("--validate", help="Compare what was written with its source.")]
 Stages = Annotated[
     str | None,

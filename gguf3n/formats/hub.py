@@ -145,7 +145,7 @@ def fetch_checkpoint(
     if not from_cache and not _weight_files(names):
         raise _no_safetensors(repo_id, names)
 
-    with _progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
+    with progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
 
         def fetch(name: str) -> None:
             with _explained(repo_id, revision, name, unreachable):
@@ -205,7 +205,7 @@ def fetch_adapter(
             found=_few([name for name in names if not name.startswith(".git")]) or "no files",
             fix="download the directory that holds it, and name that",
         )
-    with _progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
+    with progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
         for name in ADAPTER_FILES:
             with _explained(repo_id, revision, name, unreachable):
                 directory = download(name, revision, from_cache=from_cache).parent
@@ -292,7 +292,7 @@ def _list_files(repo_id: str, revision: str, token: str | bool | None) -> tuple[
             repo_id, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
     except Exception as error:
-        status = _status(error)
+        status = status_of(error)
         if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status != 429):
             raise _explain(error, repo_id, revision, None) from error
         return [], "", error
@@ -459,7 +459,7 @@ def _few(names: list[str], n_shown: int = 5) -> str:
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
+def progress_bars(show: bool) -> Iterator[None]:
     """Hides huggingface_hub's progress bars unless `show`; its environment variable has the last word."""
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -495,11 +495,11 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    causes = _causes(error)
+    causes = causes_of(error)
     page = f"https://huggingface.co/{repo_id}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    status = next((code for code in map(_status, causes) if code is not None), None)
-    found = _found(causes)
+    status = next((code for code in map(status_of, causes) if code is not None), None)
+    found = found_in(causes)
 
     def any_is(*classes: type[BaseException]) -> bool:
         return any(isinstance(cause, classes) for cause in causes)
@@ -570,7 +570,7 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
     )
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
+def causes_of(error: BaseException | None) -> list[BaseException]:
     """The error and what it was raised from."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
@@ -579,7 +579,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return causes
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status of an answer of the Hub."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
@@ -589,10 +589,10 @@ def _no_space(error: BaseException) -> bool:
     return "no space left" in str(error).lower()
 
 
-def _found(causes: list[BaseException]) -> str:
+def found_in(causes: list[BaseException]) -> str:
     """One line on what happened: the Hub's own words if it answered, else those of the first error with a cause."""
     for cause in causes:
-        status = _status(cause)
+        status = status_of(cause)
         if status is not None:
             text = f"HTTP {status}: {getattr(cause, 'server_message', None) or str(cause)}"
             break

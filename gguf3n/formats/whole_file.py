@@ -223,6 +223,15 @@ def _synced_directory(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def move(path: Path, target: Path) -> None:
+    """Give a complete file another name on the same disk; what stood there is replaced. Raises: OutputError."""
+    try:
+        with _synced_directory(target.parent):
+            os.replace(path, target)
+    except OSError as error:
+        raise output_error(target, error) from error
+
+
 def write_whole(path: str | Path, data: bytes | str, *, force: bool) -> None:
     """Write a file at once, text as UTF-8. Raises: OutputError, and then no part of it stands under its name."""
     raw = data.encode() if isinstance(data, str) else data

@@ -61,13 +61,14 @@ class Checkpoint(Source):
     Args:
         path: where config and tokenizer are.
         folder: what the directory is called by its user, where that is another name than `path` has.
-        repo_id: the Hub's name of it, where it was fetched from there.
+        repo_id, commit: the Hub's, where it was fetched from there.
         changes: names of what was made of it, in order: of the adapters merged into it, and of the slice that it is.
         as_it_stands: whether the directory's files hold these tensors as they are, for who reads them by themselves.
     """
 
     folder: str | None = None
     repo_id: str | None = None
+    commit: str | None = None
     changes: tuple[str, ...] = ()
     as_it_stands: bool = True
 
@@ -175,6 +176,7 @@ def _fetched(repo_id: str, revision: str | None, *, weights: bool, show_progress
         tensors=table,
         notices=(cached,) if fetched.from_cache else (),
         repo_id=fetched.repo_id,
+        commit=fetched.commit,
     )
 
 

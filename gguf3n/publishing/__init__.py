@@ -9,5 +9,8 @@ front_matter.py a card's YAML: read, and changed a key at a time
 measured.py     what validation has said of the files beside its reports
 checksums.py    SHA256SUMS
 card.py         README.md, Notice and SHA256SUMS
-dates.py        SOURCE_DATE_EPOCH
+manifest.py     what a file was made of
+verify.py       making a file again from its manifest, and comparing
+ledger.py       what a publication has done already
+publish.py      all of it in one call
 """

@@ -17,6 +17,7 @@ from typing import Any
 from gguf.constants import Keys
 
 import gguf3n
+from gguf3n.dates import source_date
 from gguf3n.errors import OutputError, SourceError, UsageError
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, open_gguf
 from gguf3n.formats.hub import REPO_ID
@@ -31,7 +32,6 @@ from gguf3n.progress import OnProgress
 from gguf3n.publishing import front_matter, labels, terms
 from gguf3n.publishing.checks import CARD, IMAGES, NOTICE_FILE, TEXT
 from gguf3n.publishing.checksums import SUMS, directory_sums, format_sums
-from gguf3n.publishing.dates import source_date
 from gguf3n.publishing.measured import Measured, read_measured
 from gguf3n.publishing.repository import MAX_SMALL_BYTES, open_repository
 from gguf3n.recipes import VARIANT_LABELS, For, find_recipe

@@ -7,7 +7,7 @@ what is known of a tensor into a Decision.
 from __future__ import annotations
 
 from gguf3n.recipes.extract import extract_recipe
-from gguf3n.recipes.library import find_recipe, override, preset_names, variant_names
+from gguf3n.recipes.library import find_recipe, override, parse_recipe, preset_names, variant_names
 from gguf3n.recipes.model import (
     PER_LAYER_TOKEN_EMBD,
     PLE_TYPES,
@@ -41,6 +41,7 @@ __all__ = [
     "find_recipe",
     "format_recipe",
     "override",
+    "parse_recipe",
     "preset_names",
     "variant_names",
 ]

@@ -64,6 +64,18 @@ def find_recipe(name: str, part: For = For.TEXT) -> Recipe:
     return _build(_chain(base, variant or None, part), f"{base}@{variant}" if variant else base, part)
 
 
+def parse_recipe(text: str, origin: str, part: For) -> Recipe:
+    """A recipe from what `format_recipe` made of it: it decides as the one before, however its rules came to be.
+
+    Args:
+        origin: where the text stands, for messages.
+
+    Raises: UsageError.
+    """
+    chain = _inherited(parse(text, origin, strict=False), None, part)
+    return _build(chain, str(chain.settings[0].get("name", "recipe")), part)
+
+
 def override(
     recipe: Recipe,
     *,

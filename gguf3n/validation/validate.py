@@ -7,8 +7,10 @@ validation.verdict, validation.stages[Stage.LOGITS].divergence.mean
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,6 +196,35 @@ def run_stages(
         for stage, run in prepared.items()
     }
     return Validation(candidate, part.source.origin, results, part.kind)
+
+
+def run_all(
+    files: Sequence[tuple[Path, Part]],
+    options: ValidationOptions,
+    *,
+    watch: Callable[[], AbstractContextManager[OnProgress | None]] = nullcontext,
+    notice: Notice | None = None,
+) -> Iterator[Validation]:
+    """Validate files of one source in turn; the reference model is run once for all.
+
+    Args:
+        watch: opens what shows the progress of one file.
+        notice and the errors: as for `run_stages`.
+    """
+    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
+        kept = Path(folder, "reference.safetensors") if len(files) > 1 and Stage.LOGITS in options.stages else None
+        texts = [path for path, part in files if part.kind is PartKind.TEXT]
+        for path, part in files:
+            is_there = kept is not None and kept.exists()
+            chosen = replace(
+                options,
+                save_reference=None if is_there else kept,
+                use_reference=kept if is_there else None,
+                text_model=texts[0] if texts else None,
+            )
+            with watch() as progress:
+                validation = run_stages(Candidate(path), part, chosen, progress=progress, notice=notice)
+            yield validation
 
 
 def stages_for(part: Part, wanted: Collection[Stage]) -> tuple[Stage, ...]:

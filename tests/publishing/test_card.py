@@ -18,6 +18,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import gguf3n
+from gguf3n.dates import source_date
 from gguf3n.errors import Gguf3nError, OutputError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, write_imatrix
@@ -25,7 +26,6 @@ from gguf3n.plots import SizePoint, size_svg
 from gguf3n.publishing import front_matter, labels
 from gguf3n.publishing.card import END, FileFacts, Measured, make_card, read_facts
 from gguf3n.publishing.checks import TAGGED, lint_repository
-from gguf3n.publishing.dates import source_date
 from gguf3n.publishing.measured import read_measured
 from gguf3n.publishing.terms import SENTENCE
 from tests.command_line import Run
