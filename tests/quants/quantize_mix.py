@@ -2,14 +2,15 @@
 
     python -m tests.quants.quantize_mix MIX.npz             an array a type and mode, and "registers": the kernels'
     python -m tests.quants.quantize_mix MIX.npz Q4_K IQ3_S  of these types
+    python -m tests.quants.quantize_mix MIX.npz --not-huge  without the rows that gguf3n.quantize refuses
 
 Run by test_cpu_targets and by scripts/compare_aarch64.py, in processes of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -24,9 +25,9 @@ N_PER_ROW = 512
 KERNELS = (q4_k.quantize, q8_0.quantize, iq2.evaluate)
 
 
-def mixed_rows(qtype: QType) -> np.ndarray:
+def mixed_rows(qtype: QType, *, huge: bool = True) -> np.ndarray:
     """Two rows of every family that ggml survives."""
-    families = [family for family in inputs.ROWS if not (family == "huge" and qtype in ABORTING)]
+    families = [family for family in inputs.ROWS if family != "huge" or (huge and qtype not in ABORTING)]
     return np.concatenate([inputs.rows(family, 2, N_PER_ROW) for family in families])
 
 
@@ -35,10 +36,10 @@ def mixed_weights(weighted: bool) -> list[np.ndarray | None]:
     return [inputs.quant_weights(family, N_PER_ROW) for family in inputs.WEIGHTS] if weighted else [None]
 
 
-def main(path: str, types: Sequence[str]) -> None:
+def main(path: str, types: Sequence[str], *, huge: bool) -> None:
     made = {
         mode_name(qtype, weighted): np.stack(
-            [quantize(mixed_rows(qtype), qtype, quant_weights) for quant_weights in mixed_weights(weighted)]
+            [quantize(mixed_rows(qtype, huge=huge), qtype, quant_weights) for quant_weights in mixed_weights(weighted)]
         )
         for qtype, weighted in MODES
         if not types or qtype.name in types
@@ -51,4 +52,8 @@ def main(path: str, types: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--not-huge", dest="huge", action="store_false")
+    main(**vars(parser.parse_args()))
