@@ -37,14 +37,18 @@ BELOW: dict[str, set[str]] = {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
         "outside", "plots", "progress", "workers",
     },
+    "tuning": {
+        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "conversion", "engines", "progress",
+        "validation", "workers",
+    },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "validation", "outside", "progress", "workers", "",
+        "tuning", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "engines", "validation",
+        "engines", "tuning", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

@@ -53,9 +53,7 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         rows = None if self.rows is None or other.rows is None else self.rows + other.rows
-        return Sums(
-            self.fisher + other.fisher, self.squares + other.squares, self.diagonal + other.diagonal, rows
-        )
+        return Sums(self.fisher + other.fisher, self.squares + other.squares, self.diagonal + other.diagonal, rows)
 
 
 @dataclass(frozen=True)

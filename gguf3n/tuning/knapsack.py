@@ -59,7 +59,7 @@ def pack(weights: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], cap
     if least > capacity:
         raise ValueError(f"{least} at least, {capacity} allowed")
     taken, multiplier = _greedy(groups, capacity)
-    weight, cost = _totals(groups, taken)
+    _, cost = _totals(groups, taken)
     reduced = [group.costs + multiplier * group.weights for group in groups]
     bound = sum(float(each.min()) for each in reduced) - multiplier * capacity
     gap = cost - bound

@@ -23,8 +23,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,29 +78,10 @@ class Measurement:
     perplexity: float
 
 
-def measure_sensitivity(
-    source: str | Path | Source,
-    texts: Sequence[str | Path],
-    *,
-    imatrix: ImportanceMatrix | None = None,
-    types: Sequence[QType] = (),
-    n_ctx: int = N_CTX,
-    n_chunks: int = N_CHUNKS,
-    progress: OnProgress | None = None,
-    **options: int | str | bool,
-) -> Sensitivity:
-    """Measure all chunks; arguments and errors as for `measure_batches`.
-
-    Args:
-        progress: is called after each batch.
-    """
-    meter: Meter | None = None
-    for measured in measure_batches(
-        source, texts, imatrix=imatrix, types=types, n_ctx=n_ctx, n_chunks=n_chunks, **options  # type: ignore[arg-type]
-    ):
-        meter = meter or Meter("measuring", "chunks", measured.n_chunks, progress)
-        meter.advance(measured.n_done - meter.done)
-    return measured.sensitivity
+def measure_sensitivity(source: str | Path | Source, texts: Sequence[str | Path], **options: Any) -> Sensitivity:
+    """Measure all chunks; arguments and errors as for `measure_batches`."""
+    *_, last = measure_batches(source, texts, **options)
+    return last.sensitivity
 
 
 def measure_batches(
@@ -118,6 +100,8 @@ def measure_batches(
     dtype: str = "float32",
     threads: int | None = None,
     notice: Callable[[str], None] | None = None,
+    before: Callable[[Sensitivity], object] | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[Measurement]:
     """Batch by batch: what comes last is the result, what came before can be kept if the rest is interrupted.
 
@@ -133,6 +117,8 @@ def measure_batches(
         special: recognize special tokens in the text.
         device, dtype: as for Reference.
         notice: is told what memory this takes, before it does.
+        before: is given what will be known in the end, its sums still zero, before the model is loaded.
+        progress: is called in weights whose gradients were seen.
 
     Raises: UsageError: a text that is too short, too little memory, or an option that can't be used. SourceError: a
         text that can't be read. QuantizationError: weights or importances that a type can't hold, or gradients that
@@ -148,35 +134,43 @@ def measure_batches(
     tokens, n_chunks = read_tokens(checkpoint, texts, n_ctx, n_chunks, first_chunk, special=special)
     batch = min(batch, n_chunks)
     check_memory([fisher_need(checkpoint, dtype, n_ctx, batch)], notice=notice)
-    fingerprint = model_fingerprint(part)
-    from_imatrix = None if imatrix is None else Text(imatrix.path.name, _weights_hash(weights))
-    loss = 0.0
-    with (
-        closing(_Errors(part, candidates, weights, threads or default_threads())) as errors,
-        Reference(checkpoint, device=device, dtype=dtype) as reference,
-    ):
-        n_done = 0
-        while n_done < n_chunks:
-            numbers = range(first_chunk + n_done, first_chunk + min(n_done + batch, n_chunks))
-            chunks = [[tokens[0], *tokens[number * n_ctx + 1 : (number + 1) * n_ctx]] for number in numbers]
-            errors.begin(len(chunks))
-            loss += run_backward(reference, chunks, [_seed(seed, number) for number in numbers], errors)
-            errors.end(n_ctx)
-            n_done += len(chunks)
-            sensitivity = Sensitivity(
-                Path("measured"),
-                checkpoint.name,
-                fingerprint,
-                from_imatrix,
-                n_ctx,
-                seed,
-                hashes,
-                ((first_chunk, n_done),),
-                (reference.name,),
-                errors.tensors(),
-            )
-            perplexity = float(np.exp(min(loss / (n_done * (n_ctx - 1)), 700.0)))
-            yield Measurement(sensitivity, n_done, n_chunks, perplexity)
+    known = Sensitivity(
+        Path("measured"),
+        checkpoint.name,
+        model_fingerprint(part),
+        None if imatrix is None else Text(imatrix.path.name, weights_hash(weights)),
+        n_ctx,
+        seed,
+        hashes,
+        ((first_chunk, n_chunks),),
+        (),
+        {},
+    )
+    with closing(_Errors(part, candidates, weights, threads or default_threads())) as errors:
+        if before is not None:
+            before(replace(known, tensors=errors.tensors()))
+        n_batches = -(-n_chunks // batch)
+        errors.meter = Meter("measuring", "weights", n_batches * errors.n_weights, progress)
+        with Reference(checkpoint, device=device, dtype=dtype) as reference:
+            n_done, loss = 0, 0.0
+            while n_done < n_chunks:
+                numbers = range(first_chunk + n_done, first_chunk + min(n_done + batch, n_chunks))
+                chunks = [[tokens[0], *tokens[number * n_ctx + 1 : (number + 1) * n_ctx]] for number in numbers]
+                errors.begin(len(chunks))
+                loss += run_backward(reference, chunks, [_seed(seed, number) for number in numbers], errors)
+                errors.end(n_ctx)
+                n_done += len(chunks)
+                yield Measurement(
+                    replace(
+                        known,
+                        spans=((first_chunk, n_done),),
+                        engines=(reference.name,),
+                        tensors=errors.tensors(),
+                    ),
+                    n_done,
+                    n_chunks,
+                    float(np.exp(min(loss / (n_done * (n_ctx - 1)), 700.0))),
+                )
 
 
 def parse_types(names: str) -> tuple[QType, ...]:
@@ -225,7 +219,7 @@ def _sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _weights_hash(weights: Mapping[str, NDArray[np.float32]]) -> str:
+def weights_hash(weights: Mapping[str, NDArray[np.float32]]) -> str:
     digest = hashlib.sha256()
     for name, values in sorted(weights.items()):
         digest.update(name.encode() + values.astype("<f4").tobytes())
@@ -253,6 +247,9 @@ class _Errors:
         self.sums = {name: dict.fromkeys(types, Sums(0, 0, 0, 0 if name in TABLES else None))
                      for name, types in candidates.items()}  # fmt: skip
         self.table_errors = {name: self._mean_errors(name) for name in TABLES}
+        self.n_weights = sum(tensor.n_weights for name, tensor in self.tensor.items() if name != PER_LAYER_TOKEN_EMBD)
+        """Of the matrices whose gradients come whole."""
+        self.meter = Meter("measuring", "weights", self.n_weights, None)
         self.begin(0)
 
     def close(self) -> None:
@@ -276,6 +273,8 @@ class _Errors:
             change = change.reshape(-1)
             self.products[name][number, sequences] += flat @ change
             self.diagonals[name][number, sequences] += squares @ np.square(change)
+        if sequences == slice(0, self.n_sequences):
+            self.meter.advance(values[0].size)
 
     def uses(self, name: str, values: NDArray[np.float64]) -> None:
         """Of a table. Shapes: values [n_sequences, n_per_row]."""

@@ -56,7 +56,7 @@ def model_like(n_groups: int) -> tuple[list[list[int]], list[list[float]]]:
     for _ in range(n_groups):
         size = int(rng.choice([1 << 20, 1 << 22, 1 << 24]))
         weights.append((size * bits / 8).astype(int).tolist())
-        costs.append((rng.lognormal(0, 3) * 4.0 ** -bits * rng.lognormal(0, 0.2, len(bits))).tolist())
+        costs.append((rng.lognormal(0, 3) * 4.0**-bits * rng.lognormal(0, 0.2, len(bits))).tolist())
     return weights, costs
 
 
