@@ -23,7 +23,7 @@ from gguf3n.gemma3n.part import text_part
 from gguf3n.plots import FileMark, check_plot, write_tradeoff_plot
 from gguf3n.recipes import find_recipe, format_recipe
 from gguf3n.tuning.allocate import ENGINES, REPACKED, Limits, Tuned, Tuning, check_engine
-from gguf3n.tuning.budget import Budget, bits_budget, size_budget
+from gguf3n.tuning.budget import Budget, bits_budget, parse_size, size_budget
 from gguf3n.tuning.ladder import THEIRS, Ladder, climb, same_size
 from gguf3n.tuning.measure import parse_types
 from gguf3n.tuning.verify import Measured, check_engines, verify

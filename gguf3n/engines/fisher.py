@@ -135,7 +135,7 @@ def _watched(text: Any, to: Listener) -> Iterator[None]:
     """The layers' matrices that are quantized telling of their gradients."""
     import torch
 
-    class Product(torch.autograd.Function):
+    class Product(torch.autograd.Function):  # type: ignore[misc]  # torch is not typed here
         """x W^T, which tells of its gradient by W on the way back and never holds it."""
 
         @staticmethod

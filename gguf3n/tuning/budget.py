@@ -71,7 +71,7 @@ def parse_size(text: str) -> tuple[bool, int]:
     """Whether it is memory to fit, and bytes, rounded down. Raises: UsageError."""
     is_memory = text.strip().lower().startswith(FITS)
     amount = text.strip()[len(FITS) :] if is_memory else text
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?|\.\d{1,15})\s*([A-Za-z]+)\s*", amount)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})\s*([A-Za-z]+)\s*", amount)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise UsageError(f"--size {text}: not a size", expected=EXPECTED, found=text)
