@@ -16,7 +16,7 @@ from gguf3n.formats.sensitivity import Sensitivity
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.part import Part
-from gguf3n.planning import Plan
+from gguf3n.planning import Plan, make_plan
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Recipe, Rule
 from gguf3n.recipes.model import UNEVALUATED_SUBSTITUTE
 from gguf3n.tuning.budget import Budget
@@ -97,10 +97,10 @@ class Tuning:
     ) -> None:
         self.part = part
         self.sensitivity = sensitivity
-        self.imatrix = imatrix
         check_fits(sensitivity, part, imatrix)
         self.costs: Costs = costs_of(sensitivity)
-        covered = set() if imatrix is None else match_importance(imatrix, part).quant_weights.keys()
+        self.importance = None if imatrix is None else match_importance(imatrix, part)
+        covered = set() if self.importance is None else self.importance.quant_weights.keys()
         self.choices = {
             tensor.name: _choices(tensor, self.costs[tensor.name], limits, has_weights=tensor.name in covered)
             for tensor in part.tensors
@@ -109,7 +109,12 @@ class Tuning:
         lightest = self._recipe(
             {name: min(choices, key=lambda choice: choice.n_bytes) for name, choices in self.choices.items()}
         )
-        plan = self.plan(lightest)
+        (plan,) = plan_all(part, [lightest], imatrix)
+        self.unfit_for_f16 = {
+            tensor.source.name
+            for tensor in plan.tensors
+            if tensor.source.storage is Storage.HALF and tensor.slot.qtype is not QType.F16
+        }
         self.least_bytes = plan.total_bytes
         self.fixed_bytes = plan.total_bytes - sum(
             min(choice.n_bytes for choice in choices) for choices in self.choices.values()
@@ -125,8 +130,8 @@ class Tuning:
         return self.fixed_bytes + sum(choice.n_bytes for choice in best)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Of the file that a recipe makes of this model."""
-        return plan_all(self.part, [recipe], self.imatrix)[0]
+        """Of the file that a recipe makes of this model. Raises: as `make_plan`."""
+        return make_plan(self.part, recipe, self.importance, self.unfit_for_f16)
 
     def divergence(self, plan: Plan) -> float | None:
         """What a file of this model costs; None where one of its types was not measured."""
