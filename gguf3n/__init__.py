@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
     from gguf3n.formats.rows import LowRank, RowReader, SourceTensor, Stored, View, Zeros
+    from gguf3n.formats.sensitivity import (
+        Sensitivity,
+        merge_sensitivities,
+        read_sensitivity,
+        write_sensitivity,
+    )
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
     from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
@@ -54,6 +60,9 @@ if TYPE_CHECKING:
     from gguf3n.progress import Progress
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
+    from gguf3n.tuning.allocate import Tuned, Tuning, TypeLimits
+    from gguf3n.tuning.measure import measure_sensitivity
+    from gguf3n.tuning.tune import tune
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
     from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -117,6 +126,7 @@ __all__ = [
     "Risk",
     "RowReader",
     "Rule",
+    "Sensitivity",
     "Severity",
     "Skipped",
     "Source",
@@ -134,6 +144,9 @@ __all__ = [
     "TokenChange",
     "TokenizerError",
     "TokensResult",
+    "Tuned",
+    "Tuning",
+    "TypeLimits",
     "UsageError",
     "Validation",
     "ValidationOptions",
@@ -149,8 +162,10 @@ __all__ = [
     "find_recipe",
     "lint",
     "measure_importance",
+    "measure_sensitivity",
     "measure_statistics",
     "merge_imatrices",
+    "merge_sensitivities",
     "mmproj_part",
     "open_gguf",
     "parse_options",
@@ -160,13 +175,16 @@ __all__ = [
     "read_gguf",
     "read_imatrix",
     "read_recipe",
+    "read_sensitivity",
     "read_source",
     "repair",
     "text_part",
+    "tune",
     "validate",
     "write",
     "write_imatrix",
     "write_report",
+    "write_sensitivity",
 ]
 
 _HOMES = {
@@ -219,6 +237,7 @@ _HOMES = {
     "Risk": "inspection.statistics",
     "RowReader": "formats.rows",
     "Rule": "recipes",
+    "Sensitivity": "formats.sensitivity",
     "Severity": "inspection.lint",
     "Skipped": "inspection.statistics",
     "Source": "gemma3n.source",
@@ -236,6 +255,9 @@ _HOMES = {
     "TokenChange": "inspection.diff",
     "TokenizerError": "errors",
     "TokensResult": "validation.tokens",
+    "Tuned": "tuning.allocate",
+    "Tuning": "tuning.allocate",
+    "TypeLimits": "tuning.allocate",
     "UsageError": "errors",
     "Validation": "validation.validate",
     "ValidationOptions": "validation.options",
@@ -251,8 +273,10 @@ _HOMES = {
     "find_recipe": "recipes",
     "lint": "inspection.lint",
     "measure_importance": "engines.activations",
+    "measure_sensitivity": "tuning.measure",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
+    "merge_sensitivities": "formats.sensitivity",
     "mmproj_part": "gemma3n.part",
     "open_gguf": "formats.gguf_reader",
     "parse_options": "conversion",
@@ -262,13 +286,16 @@ _HOMES = {
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
     "read_recipe": "conversion",
+    "read_sensitivity": "formats.sensitivity",
     "read_source": "conversion",
     "repair": "inspection.repair",
     "text_part": "gemma3n.part",
+    "tune": "tuning.tune",
     "validate": "validation.validate",
     "write": "conversion",
     "write_imatrix": "formats.imatrix",
     "write_report": "validation.report",
+    "write_sensitivity": "formats.sensitivity",
 }
 
 

@@ -20,17 +20,18 @@ from gguf3n.formats.imatrix import as_imatrix
 from gguf3n.formats.sensitivity import read_sensitivity
 from gguf3n.formats.whole_file import check_not_input, check_output, write_whole
 from gguf3n.gemma3n.part import text_part
+from gguf3n.planning import Plan
 from gguf3n.plots import FileMark, check_plot, write_tradeoff_plot
 from gguf3n.recipes import find_recipe, format_recipe
-from gguf3n.tuning.allocate import ENGINES, REPACKED, Limits, Tuned, Tuning, check_engine
-from gguf3n.tuning.budget import Budget, bits_budget, parse_size, size_budget
+from gguf3n.tuning.allocate import ENGINES, REPACKED, Tuned, Tuning, TypeLimits, check_engine
+from gguf3n.tuning.budget import RUN_CTX, parse_size
 from gguf3n.tuning.ladder import THEIRS, Ladder, climb, same_size
 from gguf3n.tuning.measure import parse_types
+from gguf3n.tuning.tune import budget_of, check_sizes
 from gguf3n.tuning.verify import Measured, check_engines, verify
 from gguf3n.validation.options import MIN_TOKENS, N_TOKENS, parse_validation
 
 SCHEMA = "gguf3n.tune/1"
-RUN_CTX = 4096
 
 
 def tune(
@@ -82,17 +83,12 @@ def tune(
     force: options.Force = False,
 ) -> None:
     """Write the recipe with the least expected divergence that a size allows; gguf3n convert -q takes it."""
-    budgets = {"--size": size, "--bpw": bpw, "--like": like}
-    given = [name for name, value in budgets.items() if value is not None]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other", fix="give one of them")
-    if not given and curve is None:
-        raise UsageError(
-            "no size", expected="--size 4.2GB, --bpw 4.5 or --like Q4_K_M", fix="give one of them, or --curve FILE"
-        )
-    limits = Limits(() if types is None else parse_types(types), any_table_type, fast_cpu)
+    given = any(value is not None for value in (size, bpw, like))
+    if given or curve is None:
+        check_sizes(size, bpw, like)
+    limits = TypeLimits(() if types is None else parse_types(types), any_table_type, fast_cpu)
     check_engine(engine, limits)
-    _check_outputs(output, curve, given, [sensitivity, imatrix, text, like], force=force)
+    _check_outputs(output, curve, [sensitivity, imatrix, text, like], force=force)
     if size is not None:
         parse_size(size)
     recipe = None if like is None else find_recipe(like)
@@ -109,19 +105,18 @@ def tune(
         check_not_input(written, *opened.files)
     tuned: Tuned | None = None
     if given:
-        if size is not None:
-            budget = size_budget(size, tuning.part, ctx)
-        elif bpw is not None:
-            budget = bits_budget(bpw, tuning.part.n_weights, tuning.overhead_bytes)
-        else:
-            assert recipe is not None
-            budget = Budget(tuning.plan(recipe).total_bytes, f"the size of {recipe.name}")
+        budget = budget_of(tuning, size, bpw, recipe, ctx)
         tuned = tuning.tune(budget, "tuned" if output is None else _name(output))
         if not tuned.is_exact:
             said = f"too many choices to try: another may have {tuned.bound:.4g}, not less"
             print_note("note", said, quiet=quiet)
     ladder = None if curve is None else climb(tuning)
-    measured = _verified(tuning, tuned, text, tokens, device, dtype, threads, quiet) if verify_it and tuned else []
+    measured: list[Measured] = []
+    if verify_it and tuned is not None:
+        named = None if recipe is None else tuning.plan(recipe)
+        measured = _verified(
+            tuned, named or same_size(tuning, tuned.budget.n_bytes), text, tokens, device, dtype, threads, quiet
+        )
     if output is not None and tuned is not None:
         write_whole(output, format_recipe(tuned.recipe, _header(tuned)), force=force)
     if curve is not None and ladder is not None:
@@ -140,9 +135,7 @@ def tune(
         _print_measured(measured)
 
 
-def _check_outputs(
-    output: Path | None, curve: Path | None, given: list[str], inputs: list[Any], *, force: bool
-) -> None:
+def _check_outputs(output: Path | None, curve: Path | None, inputs: list[Any], *, force: bool) -> None:
     """Refuse what can't be written, before any work. Raises: UsageError, OutputError."""
     if output is not None:
         if output.suffix.lower() != ".toml":
@@ -160,8 +153,8 @@ def _name(output: Path) -> str:
 
 
 def _verified(
-    tuning: Tuning,
     tuned: Tuned,
+    stock: Plan | None,
     text: Path | None,
     tokens: int,
     device: str,
@@ -169,14 +162,13 @@ def _verified(
     threads: int | None,
     quiet: bool,
 ) -> list[Measured]:
-    """The tuned file and llama.cpp's of its size, in llama.cpp."""
+    """The tuned file and a stock one of its size, in llama.cpp."""
     wanted = parse_validation(
         text=None if text is None else read_texts([text]), n_tokens=tokens, device=device, dtype=dtype, threads=threads
     )
-    stock = same_size(tuning, tuned.budget.n_bytes)
     if stock is None:
         print_note("note", "every mixture of llama.cpp is larger: the tuned file is measured alone", quiet=quiet)
-    plans = [tuned.plan, *([] if stock is None else [stock[1]])]
+    plans = [tuned.plan, *([] if stock is None else [stock])]
     check_engines(tuned.plan, wanted)
     with progress_bar(quiet=quiet) as progress:
         return verify(

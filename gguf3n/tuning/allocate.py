@@ -45,7 +45,7 @@ MB = 1e6
 
 
 @dataclass(frozen=True)
-class Limits:
+class TypeLimits:
     """What a recipe may use.
 
     `types`: some of those that were measured, or all. `any_table_type`: also types of the per-layer table whose rows
@@ -92,7 +92,7 @@ class Tuning:
         self,
         part: Part,
         sensitivity: Sensitivity,
-        limits: Limits,
+        limits: TypeLimits,
         imatrix: ImportanceMatrix | None = None,
     ) -> None:
         self.part = part
@@ -240,7 +240,9 @@ def _chosen(part: Part) -> list[MappedTensor]:
     return [tensor for tensor in part.tensors if tensor.storage is Storage.QUANTIZABLE and tensor.evaluated]
 
 
-def _choices(tensor: MappedTensor, costs: Mapping[QType, float], limits: Limits, *, has_weights: bool) -> list[Choice]:
+def _choices(
+    tensor: MappedTensor, costs: Mapping[QType, float], limits: TypeLimits, *, has_weights: bool
+) -> list[Choice]:
     """What a tensor may be, the lightest first; without what a lighter one beats.
 
     Raises: UsageError where nothing is left.
@@ -270,7 +272,7 @@ def _choices(tensor: MappedTensor, costs: Mapping[QType, float], limits: Limits,
     return kept
 
 
-def check_engine(engine: str, limits: Limits) -> None:
+def check_engine(engine: str, limits: TypeLimits) -> None:
     """Refuse what an engine does not read. Raises: UsageError."""
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: unknown", expected=" or ".join(ENGINES), found=engine)

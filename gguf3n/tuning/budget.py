@@ -35,6 +35,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1
 FITS = "fits:"
 EXPECTED = f"a number and one of B, KB, MB, GB, KiB, MiB, GiB, as in 4.2GB, or {FITS}8GB"
 
+RUN_CTX = 4096
+"""Tokens of context unless told otherwise."""
 N_UBATCH = 512
 CELLS = 256
 """Caches have a multiple of so many."""

@@ -67,14 +67,9 @@ def stock_plans(tuning: Tuning) -> Iterator[tuple[Recipe, Plan]]:
                 continue
 
 
-def same_size(tuning: Tuning, n_bytes: int) -> tuple[Recipe, Plan] | None:
+def same_size(tuning: Tuning, n_bytes: int) -> Plan | None:
     """The largest mixture of llama.cpp that is not larger; None where all are."""
     fitting = [
-        (plan.total_bytes, recipe, plan)
-        for recipe, plan in stock_plans(tuning)
-        if plan.total_bytes <= n_bytes and recipe.name.endswith(THEIRS)
+        plan for recipe, plan in stock_plans(tuning) if plan.total_bytes <= n_bytes and recipe.name.endswith(THEIRS)
     ]
-    if not fitting:
-        return None
-    _, recipe, plan = max(fitting, key=lambda found: found[0])
-    return recipe, plan
+    return max(fitting, key=lambda plan: plan.total_bytes, default=None)

@@ -35,7 +35,7 @@ from gguf3n.formats.sensitivity import Sensitivity, read_sensitivity, write_sens
 from gguf3n.gemma3n.part import text_part
 from gguf3n.planning import Plan
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, find_recipe, override
-from gguf3n.tuning.allocate import Limits, Tuning
+from gguf3n.tuning.allocate import Tuning, TypeLimits
 from gguf3n.tuning.budget import Budget
 from gguf3n.tuning.ladder import THEIRS, stock_plans
 from gguf3n.tuning.measure import measure_sensitivity
@@ -192,7 +192,7 @@ class Bench:
 
     def results(self, calibration: Calibration, mixture: str) -> Iterator[Result]:
         """All variants of one mixture on all texts."""
-        tuning = Tuning(self.part, calibration.sensitivity, Limits(), calibration.imatrix)
+        tuning = Tuning(self.part, calibration.sensitivity, TypeLimits(), calibration.imatrix)
         plan = tuning.plan(find_recipe(mixture + THEIRS))
         base: dict[str, NDArray[np.float64]] = {}
         for variant, choose in VARIANTS.items():

@@ -14,7 +14,7 @@ from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.sensitivity import Sensitivity, Sums, TensorSums, Text
 from gguf3n.gemma3n.part import Part, text_part
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, find_recipe, format_recipe
-from gguf3n.tuning.allocate import REPACKED, Limits, Tuning, check_engine
+from gguf3n.tuning.allocate import REPACKED, Tuning, TypeLimits, check_engine
 from gguf3n.tuning.budget import Budget
 from gguf3n.tuning.costs import PRIOR_CHUNKS, costs_of
 from gguf3n.tuning.ladder import climb, same_size
@@ -29,7 +29,7 @@ def part(tiny_checkpoint: Path) -> Part:
 
 @pytest.fixture(scope="module")
 def tuning(part: Part) -> Tuning:
-    return Tuning(part, made_up(part), Limits())
+    return Tuning(part, made_up(part), TypeLimits())
 
 
 def budget(n_bytes: int) -> Budget:
@@ -64,7 +64,7 @@ def test_none_is_better(tmp_path: Path) -> None:
         name: tensor if name in few else TensorSums(tensor.shape, {QType.Q8_0: tensor.types[QType.Q8_0]})
         for name, tensor in sensitivity.tensors.items()
     }
-    tuning = Tuning(part, replace(sensitivity, tensors=flat), Limits())
+    tuning = Tuning(part, replace(sensitivity, tensors=flat), TypeLimits())
     limit = (tuning.least_bytes + tuning.most_bytes) // 2
     best = min(
         sum(choice.cost for choice in chosen)
@@ -88,48 +88,48 @@ def types_of(tuning: Tuning) -> dict[str, set[QType]]:
 
 def test_limits(part: Part) -> None:
     sensitivity = made_up(part)
-    free = types_of(Tuning(part, sensitivity, Limits()))
+    free = types_of(Tuning(part, sensitivity, TypeLimits()))
     assert free[PER_LAYER_TOKEN_EMBD] <= set(PLE_TYPES) and QType.Q2_K in free["blk.0.attn_q.weight"]
-    any_type = types_of(Tuning(part, sensitivity, Limits(any_table_type=True)))
+    any_type = types_of(Tuning(part, sensitivity, TypeLimits(any_table_type=True)))
     assert QType.Q2_K in any_type[PER_LAYER_TOKEN_EMBD]
-    fast = types_of(Tuning(part, sensitivity, Limits(fast_cpu=True)))
+    fast = types_of(Tuning(part, sensitivity, TypeLimits(fast_cpu=True)))
     assert all(types <= set(REPACKED) for name, types in fast.items() if name != PER_LAYER_TOKEN_EMBD)
-    few = types_of(Tuning(part, sensitivity, Limits((QType.Q8_0, QType.Q4_0))))
+    few = types_of(Tuning(part, sensitivity, TypeLimits((QType.Q8_0, QType.Q4_0))))
     assert all(types == {QType.Q8_0, QType.Q4_0} for types in few.values())
     with pytest.raises(UsageError, match=r"per_layer_token_embd\.weight: no type is left"):
-        Tuning(part, sensitivity, Limits((QType.Q4_K,)))
+        Tuning(part, sensitivity, TypeLimits((QType.Q4_K,)))
     with pytest.raises(UsageError, match=r"token_embd\.weight: no type is left"):
-        Tuning(part, sensitivity, Limits((QType.IQ3_S,)))
+        Tuning(part, sensitivity, TypeLimits((QType.IQ3_S,)))
 
 
 def test_types_that_need_importances_are_not_chosen_without(part: Part) -> None:
-    found = types_of(Tuning(part, made_up(part, (*TYPES, QType.IQ2_XXS)), Limits(any_table_type=True)))
+    found = types_of(Tuning(part, made_up(part, (*TYPES, QType.IQ2_XXS)), TypeLimits(any_table_type=True)))
     assert not any(QType.IQ2_XXS in types for types in found.values())
 
 
 def test_engines() -> None:
-    check_engine("llama.cpp", Limits(any_table_type=True))
-    check_engine("ollama-old", Limits())
+    check_engine("llama.cpp", TypeLimits(any_table_type=True))
+    check_engine("ollama-old", TypeLimits())
     with pytest.raises(UsageError, match="unknown"):
-        check_engine("vllm", Limits())
+        check_engine("vllm", TypeLimits())
     with pytest.raises(UsageError, match="in few types"):
-        check_engine("ollama-old", Limits(any_table_type=True))
+        check_engine("ollama-old", TypeLimits(any_table_type=True))
 
 
 def test_of_another_model(part: Part, tmp_path: Path) -> None:
     sensitivity = made_up(part)
     with pytest.raises(UsageError, match="measured of another model"):
-        Tuning(part, replace(sensitivity, fingerprint="f" * 64), Limits())
+        Tuning(part, replace(sensitivity, fingerprint="f" * 64), TypeLimits())
     other = text_part(gguf3n.read_source(micro.make(tmp_path / "micro")))
     with pytest.raises(UsageError, match="measured of another model"):
-        Tuning(other, sensitivity, Limits())
+        Tuning(other, sensitivity, TypeLimits())
     with pytest.raises(UsageError, match="with other importances"):
-        Tuning(part, replace(sensitivity, imatrix=Text("i.gguf", "0" * 64)), Limits())
+        Tuning(part, replace(sensitivity, imatrix=Text("i.gguf", "0" * 64)), TypeLimits())
 
 
 def test_the_same_from_a_checkpoint_and_its_gguf_file(part: Part, tuning: Tuning, tmp_path: Path) -> None:
     (done,) = gguf3n.convert(part.source, "BF16", tmp_path / "model.gguf")
-    of_file = Tuning(text_part(gguf3n.read_source(done.path)), made_up(part), Limits())
+    of_file = Tuning(text_part(gguf3n.read_source(done.path)), made_up(part), TypeLimits())
     n_bytes = (tuning.least_bytes + tuning.most_bytes) // 2
     one, other = (each.tune(budget(n_bytes), "mine") for each in (tuning, of_file))
     assert one.divergence == pytest.approx(other.divergence, rel=1e-3)
@@ -164,7 +164,7 @@ def test_ladder(tuning: Tuning) -> None:
 def test_the_mixture_of_the_same_size(tuning: Tuning) -> None:
     plan = tuning.plan(find_recipe("Q4_K_M@llama.cpp"))
     found = same_size(tuning, plan.total_bytes)
-    assert found is not None and found[1].total_bytes == plan.total_bytes
+    assert found is not None and found.total_bytes == plan.total_bytes
     below = same_size(tuning, plan.total_bytes - 1)
-    assert below is not None and below[1].total_bytes < plan.total_bytes
+    assert below is not None and below.total_bytes < plan.total_bytes
     assert same_size(tuning, 1000) is None
