@@ -46,18 +46,22 @@ def main() -> None:
     )
     parser.add_argument("--same-bytes", nargs="+", metavar="NAME", help="what can be made of these mixtures instead")
     parser.add_argument("--calibrations", type=int, default=same_bytes.Options().calibrations, help="of --same-bytes")
+    parser.add_argument(
+        "--sensitivity-chunks", type=int, default=same_bytes.Options().sensitivity_chunks, help="of --same-bytes"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="of --same-bytes: keep what was measured there")
     values = vars(parser.parse_args())
-    checkpoint, known, json_file, write_docs, mixtures, calibrations, work = (
-        values.pop(name) for name in ("checkpoint", "known", "json", "write_docs", "same_bytes", "calibrations", "work")
+    checkpoint, known, json_file, write_docs, mixtures = (
+        values.pop(name) for name in ("checkpoint", "known", "json", "write_docs", "same_bytes")
     )
+    of_calibration = {name: values.pop(name) for name in ("calibrations", "sensitivity_chunks", "work")}
     if (checkpoint is None) == (known is None):
         parser.error("name a checkpoint, or figures with --from")
     if known is not None:
         facts = json.loads(known.read_text("utf-8"))
     elif mixtures is not None:
         shared = {name: values[name] for name in ("ctx", "windows", "imatrix_chunks", "threads")}
-        options = same_bytes.Options(mixtures=tuple(mixtures), calibrations=calibrations, work=work, **shared)
+        options = same_bytes.Options(mixtures=tuple(mixtures), **of_calibration, **shared)
         facts = same_bytes.compare_all(checkpoint, options)
     else:
         facts = measure_all(checkpoint, Options(**values | {"recipes": tuple(values["recipes"])}))

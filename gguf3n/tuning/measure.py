@@ -78,9 +78,15 @@ class Measurement:
     perplexity: float
 
 
-def measure_sensitivity(source: str | Path | Source, texts: Sequence[str | Path], **options: Any) -> Sensitivity:
-    """Measure all chunks; arguments and errors as for `measure_batches`."""
-    *_, last = measure_batches(source, texts, **options)
+def measure_sensitivity(
+    source: str | Path | Source, texts: Sequence[str | Path], *, types: str | None = None, **options: Any
+) -> Sensitivity:
+    """Measure all chunks; other arguments and errors as for `measure_batches`.
+
+    Args:
+        types: candidates, separated by commas; by default TYPES.
+    """
+    *_, last = measure_batches(source, texts, types=() if types is None else parse_types(types), **options)
     return last.sensitivity
 
 

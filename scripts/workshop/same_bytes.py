@@ -48,6 +48,8 @@ from workshop.training import HELD_OUT, TRAIN, TRAINING
 PROGRAMS = ("heapq.py", "textwrap.py", "fractions.py", "statistics.py")
 """Modules of the standard library whose code, without documentation strings, is the text of another kind."""
 N_RESAMPLED = 2000
+TYPES = "Q8_0,Q6_K,Q5_K,Q5_1,Q5_0,Q4_K,Q4_1,Q4_0,IQ4_NL,IQ4_XS,Q3_K,IQ3_S,Q2_K"
+"""That are measured: those that no table needs importances for."""
 N_FLAGS = 3
 """Single flags that are measured, the best by the measured costs."""
 
@@ -103,15 +105,15 @@ class Result:
     interval: tuple[float, float]
 
 
-Chooser = Callable[["Bench", Tuning, Plan], Iterator[NamedPlan]]
+Chooser = Callable[[Tuning, Plan], Iterator[NamedPlan]]
 
 
-def stock(_bench: Bench, _tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
+def stock(_tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
     """The mixture itself."""
     yield plan.recipe.name, plan
 
 
-def flagged(_bench: Bench, tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
+def flagged(tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
     """Every mixture of llama.cpp with one table in another type, within the bytes: those of the least expected cost."""
     found: list[tuple[float, str, Plan]] = []
     for recipe, _ in list(stock_plans(tuning)):
@@ -131,7 +133,7 @@ def flagged(_bench: Bench, tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
         yield name, changed
 
 
-def tuned(_bench: Bench, tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
+def tuned(tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
     """The recipe of gguf3n tune, of types that every engine looks tables up in."""
     yield "tuned", tuning.tune(Budget(plan.total_bytes, plan.recipe.name), "tuned").plan
 
@@ -184,7 +186,7 @@ class Bench:
         if not costs.exists():
             first = options.calibrations * options.imatrix_chunks + number * options.sensitivity_chunks
             found = measure_sensitivity(
-                self.source, [text], imatrix=imatrix, n_ctx=options.ctx, first_chunk=first,
+                self.source, [text], types=TYPES, imatrix=imatrix, n_ctx=options.ctx, first_chunk=first,
                 n_chunks=options.sensitivity_chunks, seed=number, batch=16, device="cpu", threads=options.threads,
             )  # fmt: skip
             write_sensitivity(found, costs)
@@ -196,7 +198,10 @@ class Bench:
         plan = tuning.plan(find_recipe(mixture + THEIRS))
         base: dict[str, NDArray[np.float64]] = {}
         for variant, choose in VARIANTS.items():
-            files = [(what, made, self.run(made)) for what, made in choose(self, tuning, plan)]
+            files = []
+            for what, made in choose(tuning, plan):
+                print(f"calibration {calibration.number}: {mixture}: {what}", file=sys.stderr, flush=True)
+                files.append((what, made, self.run(made)))
             for number, text in enumerate(self.texts):
                 what, made, found = min(files, key=lambda file: file[2][number][0].mean)
                 divergence, windows = found[number]
@@ -260,7 +265,6 @@ def compare_all(checkpoint: Path, options: Options) -> dict[str, Any]:
         calibration = bench.calibration(number)
         for mixture in options.mixtures:
             results += bench.results(calibration, mixture)
-            print(f"calibration {number}: {mixture}", file=sys.stderr, flush=True)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{machine()}, {options.threads} threads",
