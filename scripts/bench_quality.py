@@ -62,7 +62,9 @@ def main() -> None:
     elif mixtures is not None:
         shared = {name: values[name] for name in ("ctx", "windows", "imatrix_chunks", "threads")}
         options = same_bytes.Options(mixtures=tuple(mixtures), **of_calibration, **shared)
-        facts = same_bytes.compare_all(checkpoint, options)
+        for facts in same_bytes.compare_all(checkpoint, options):
+            if json_file is not None:
+                json_file.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     else:
         facts = measure_all(checkpoint, Options(**values | {"recipes": tuple(values["recipes"])}))
     if json_file is not None:

@@ -4,7 +4,7 @@ Each variant's file is not larger than the mixture's, is quantized with the same
 over the same texts: the held-out text, Python programs, and the validation's text in twenty languages. Intervals are
 those of a paired bootstrap over windows: in what share of resampled texts the ratio of mean divergences is how large.
 
-The flag is chosen on the judging text itself, by measurement, among the three that the measured costs say are best: so
+The flag is chosen on the judging text itself, by measurement, among the two that the measured costs say are best: so
 the comparison favours it.
 """
 
@@ -50,7 +50,7 @@ PROGRAMS = ("heapq.py", "textwrap.py", "fractions.py", "statistics.py")
 N_RESAMPLED = 2000
 TYPES = "Q8_0,Q6_K,Q5_K,Q5_1,Q5_0,Q4_K,Q4_1,Q4_0,IQ4_NL,IQ4_XS,Q3_K,IQ3_S,Q2_K"
 """That are measured: those that no table needs importances for."""
-N_FLAGS = 3
+N_FLAGS = 2
 """Single flags that are measured, the best by the measured costs."""
 
 NamedPlan = tuple[str, Plan]
@@ -250,8 +250,8 @@ def bootstrap(windows: NDArray[np.float64], base: NDArray[np.float64]) -> tuple[
     return float(low), float(high)
 
 
-def compare_all(checkpoint: Path, options: Options) -> dict[str, Any]:
-    """The results and how they came about, as in the JSON file."""
+def compare_all(checkpoint: Path, options: Options) -> Iterator[dict[str, Any]]:
+    """The results and how they came about, as in the JSON file: after each mixture those so far."""
     import torch
     import transformers
     import xllamacpp
@@ -260,12 +260,7 @@ def compare_all(checkpoint: Path, options: Options) -> dict[str, Any]:
     training = json.loads((checkpoint / TRAINING).read_text("utf-8"))
     del training["losses"]
     bench = Bench(checkpoint, options)
-    results: list[Result] = []
-    for number in range(options.calibrations):
-        calibration = bench.calibration(number)
-        for mixture in options.mixtures:
-            results += bench.results(calibration, mixture)
-    return {
+    facts = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{machine()}, {options.threads} threads",
         "versions": {
@@ -276,8 +271,13 @@ def compare_all(checkpoint: Path, options: Options) -> dict[str, Any]:
         "training": training,
         "options": {key: value for key, value in asdict(options).items() if key != "work"},
         "texts": {text.name: [len(text.windows), int(text.rows.shape[0] * text.rows.shape[1])] for text in bench.texts},
-        "results": [asdict(result) for result in results],
     }
+    results: list[Result] = []
+    for number in range(options.calibrations):
+        calibration = bench.calibration(number)
+        for mixture in options.mixtures:
+            results += bench.results(calibration, mixture)
+            yield facts | {"results": [asdict(result) for result in results]}
 
 
 def read_results(facts: dict[str, Any]) -> list[Result]:
@@ -309,7 +309,7 @@ def table(results: Sequence[Result]) -> str:
             continue
         found = result.divergence
         assert found.candidate_perplexity is not None and found.reference_perplexity is not None
-        others = [by_key[result.mixture, result.variant, result.text, number] for number in calibrations]
+        others = [by_key.get((result.mixture, result.variant, result.text, number)) for number in calibrations]
         cells = [
             f"`{result.mixture}`",
             result.variant,
@@ -327,8 +327,10 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def change(result: Result) -> str:
-    """As in "-77 % (-80 to -73)"."""
+def change(result: Result | None) -> str:
+    """As in "-77 % (-80 to -73)"; a dash of what was not measured."""
+    if result is None:
+        return "-"
     low, high = (100 * (ratio - 1) for ratio in result.interval)
     return f"{100 * (result.ratio - 1):+.0f} % ({low:+.0f} to {high:+.0f})"
 
