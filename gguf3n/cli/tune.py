@@ -29,7 +29,7 @@ from gguf3n.tuning.ladder import THEIRS, Ladder, climb, same_size
 from gguf3n.tuning.measure import parse_types
 from gguf3n.tuning.tune import budget_of, check_sizes
 from gguf3n.tuning.verify import Measured, check_engines, verify
-from gguf3n.validation.options import MIN_TOKENS, N_TOKENS, parse_validation
+from gguf3n.validation.options import MIN_TOKENS, N_TOKENS, ValidationOptions, parse_validation
 
 SCHEMA = "gguf3n.tune/1"
 
@@ -94,13 +94,16 @@ def tune(
     recipe = None if like is None else find_recipe(like)
     if (verify_it or output is not None) and not given:
         raise UsageError(f"{'--verify' if verify_it else '-o'} without a size", expected="--size, --bpw or --like")
+    if text is not None and not verify_it:
+        raise UsageError("--text without --verify")
+    costs, matrix = read_sensitivity(sensitivity), as_imatrix(imatrix)
+    judging = parse_validation(
+        text=None if text is None else read_texts([text]), n_tokens=tokens, device=device, dtype=dtype, threads=threads
+    )
     if verify_it:
         check_device(device, dtype)
-    elif text is not None:
-        raise UsageError("--text without --verify")
-    opened = read_source(source, revision=revision, weights=True, show_progress=not quiet)
-    matrix = as_imatrix(imatrix)
-    tuning = Tuning(text_part(opened), read_sensitivity(sensitivity), limits, matrix)
+    opened = read_source(source, revision=revision, show_progress=not quiet)
+    tuning = Tuning(text_part(opened), costs, limits, matrix)
     for written in filter(None, (output, curve)):
         check_not_input(written, *opened.files)
     tuned: Tuned | None = None
@@ -114,9 +117,7 @@ def tune(
     measured: list[Measured] = []
     if verify_it and tuned is not None:
         named = None if recipe is None else tuning.plan(recipe)
-        measured = _verified(
-            tuned, named or same_size(tuning, tuned.budget.n_bytes), text, tokens, device, dtype, threads, quiet
-        )
+        measured = _verified(tuned, named or same_size(tuning, tuned.budget.n_bytes), judging, quiet=quiet)
     if output is not None and tuned is not None:
         write_whole(output, format_recipe(tuned.recipe, _header(tuned)), force=force)
     if curve is not None and ladder is not None:
@@ -152,29 +153,15 @@ def _name(output: Path) -> str:
     return "".join(c if c.isalnum() or c in "._+@-" else "-" for c in output.stem) or "tuned"
 
 
-def _verified(
-    tuned: Tuned,
-    stock: Plan | None,
-    text: Path | None,
-    tokens: int,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    quiet: bool,
-) -> list[Measured]:
+def _verified(tuned: Tuned, stock: Plan | None, judging: ValidationOptions, *, quiet: bool) -> list[Measured]:
     """The tuned file and a stock one of its size, in llama.cpp."""
-    wanted = parse_validation(
-        text=None if text is None else read_texts([text]), n_tokens=tokens, device=device, dtype=dtype, threads=threads
-    )
     if stock is None:
         print_note("note", "every mixture of llama.cpp is larger: the tuned file is measured alone", quiet=quiet)
-    plans = [tuned.plan, *([] if stock is None else [stock])]
-    check_engines(tuned.plan, wanted)
+    check_engines(tuned.plan, judging)
     with progress_bar(quiet=quiet) as progress:
         return verify(
-            plans,
-            wanted,
-            threads=threads,
+            [tuned.plan, *([] if stock is None else [stock])],
+            judging,
             notice=lambda said: print_note("note", said, quiet=quiet),
             progress=progress,
         )

@@ -131,6 +131,8 @@ def measure_batches(
         are not finite. What Reference raises.
     """
     check_chunks(n_ctx, n_chunks)
+    if batch < 1:
+        raise UsageError(f"{batch} chunks at once", expected="1 or more")
     check_device(device, dtype)
     checkpoint = open_checkpoint(source)
     part = text_part(checkpoint)

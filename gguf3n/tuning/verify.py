@@ -33,7 +33,6 @@ def verify(
     plans: list[Plan],
     options: ValidationOptions,
     *,
-    threads: int | None = None,
     notice: Callable[[str], None] | None = None,
     progress: OnProgress | None = None,
 ) -> list[Measured]:
@@ -49,7 +48,7 @@ def verify(
         for plan in plans:
             path = Path(directory) / "candidate.gguf"
             check_space(path, plan.total_bytes)
-            write([plan], path, threads=threads, progress=progress)
+            write([plan], path, threads=options.threads, progress=progress)
             first = not measured
             wanted = replace(options, save_reference=saved) if first else replace(options, use_reference=saved)
             result = prepare_logits(Candidate(path), part, wanted, notice if first else None).run(progress)
