@@ -20,7 +20,8 @@ STOCK = Result(
     mixture="Q4_K_M", calibration=0, variant="stock", what="Q4_K_M@llama.cpp", text="held out", file_bytes=20_000_000,
     expected=1.9e-3, divergence=DIVERGENCE, divergences=(2e-3, 2e-3), ratio=1.0, interval=(1.0, 1.0),
 )  # fmt: skip
-TUNED = replace(STOCK, variant="tuned", what="tuned", ratio=0.25, interval=(0.2, 0.4))
+FLAG = replace(STOCK, variant="one flag", what="a flag", ratio=0.5, interval=(0.4, 0.6), divergences=(1e-3, 1e-3))
+TUNED = replace(STOCK, variant="tuned", what="tuned", ratio=0.25, interval=(0.2, 0.4), divergences=(5e-4, 5e-4))
 
 
 def test_intervals_hold_the_ratio() -> None:
@@ -33,12 +34,21 @@ def test_intervals_hold_the_ratio() -> None:
 
 
 def test_table() -> None:
-    results = [STOCK, TUNED, replace(STOCK, calibration=1), replace(TUNED, calibration=1, ratio=0.3)]
+    results = [STOCK, FLAG, TUNED, replace(STOCK, calibration=1), replace(TUNED, calibration=1, ratio=0.3)]
     head, rule, *lines = table(results).splitlines()
-    assert {line.count("|") for line in (head, rule, *lines)} == {13} and len(lines) == 2
-    cells = [cell.strip() for cell in lines[1].strip("|").split("|")]
+    assert {line.count("|") for line in (head, rule, *lines)} == {14} and len(lines) == 3
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[:6] == ["`Q4_K_M`", "tuned", "held out", "20.00", "2.00", "1.00"]
-    assert cells[6:] == ["9.00", "97.5", "1.0250", "1.90", "-75 % (-80 to -60)", "-70 % (-80 to -60)"]
+    assert cells[6:] == [
+        "9.00",
+        "97.5",
+        "1.0250",
+        "1.90",
+        "-75 % (-80 to -60)",
+        "-70 % (-80 to -60)",
+        "-50 % (-50 to -50)",
+    ]
+    assert [cell.strip() for cell in lines[1].strip("|").split("|")][10:] == ["-50 % (-60 to -40)", "-", ""]
 
 
 def test_change() -> None:

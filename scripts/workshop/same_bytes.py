@@ -18,7 +18,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ def tuned(tuning: Tuning, plan: Plan) -> Iterator[NamedPlan]:
     yield "tuned", tuning.tune(Budget(plan.total_bytes, plan.recipe.name), "tuned").plan
 
 
-VARIANTS: Mapping[str, Chooser] = {"stock": stock, "one flag": flagged, "tuned": tuned}
+STOCK, FLAG = "stock", "one flag"
+VARIANTS: Mapping[str, Chooser] = {STOCK: stock, FLAG: flagged, "tuned": tuned}
 """What is compared, the first with all others. Of several files the best is taken, text by text."""
 
 
@@ -298,7 +299,7 @@ def read_results(facts: dict[str, Any]) -> list[Result]:
 def table(results: Sequence[Result]) -> str:
     """Markdown. Units: MB; 10⁻³ nats; percent."""
     calibrations = sorted({result.calibration for result in results})
-    changes = [f"change {number}" for number in calibrations]
+    changes = [*(f"change {number}" for number in calibrations), "against a flag"]
     lines = [
         f"| | | text | MB | KL | median | 99 % | top-1 | PPL ratio | expected | {' | '.join(changes)} |",
         "|---|---|---|" + "--:|" * (7 + len(changes)),
@@ -309,6 +310,7 @@ def table(results: Sequence[Result]) -> str:
             continue
         found = result.divergence
         assert found.candidate_perplexity is not None and found.reference_perplexity is not None
+        flag = by_key[result.mixture, FLAG, result.text, result.calibration]
         others = [by_key.get((result.mixture, result.variant, result.text, number)) for number in calibrations]
         cells = [
             f"`{result.mixture}`",
@@ -321,10 +323,17 @@ def table(results: Sequence[Result]) -> str:
             f"{100 * found.top1_agreement:.1f}",
             f"{found.candidate_perplexity / found.reference_perplexity:.4f}",
             "-" if result.expected is None else milli(result.expected),
-            *("" if result.variant == next(iter(VARIANTS)) else change(other) for other in others),
+            *("" if result.variant == STOCK else change(other) for other in others),
+            "" if result.variant in (STOCK, FLAG) else against(result, flag),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def against(result: Result, other: Result) -> str:
+    """The change from another than the stock file."""
+    windows, base = np.array(result.divergences), np.array(other.divergences)
+    return change(replace(result, ratio=float(windows.mean() / base.mean()), interval=bootstrap(windows, base)))
 
 
 def change(result: Result | None) -> str:
@@ -351,7 +360,8 @@ def caption(facts: dict[str, Any]) -> str:
         f"{options['sensitivity_chunks']} chunks of {options['ctx']} tokens of the training text, none of them in "
         "another, and its own seed. KL is the mean divergence in llama.cpp from the reference, in thousandths of a "
         'nat, "expected" what was predicted of the file. All figures are the first calibration\'s; "change" is that of '
-        "the mean against stock, with the 95 % interval of a paired bootstrap over windows, for each calibration.",
+        "the mean against stock, with the 95 % interval of a paired bootstrap over windows, for each calibration; "
+        "the last column is that against the file with one flag.",
         f"The single flags that were best by measurement: {'; '.join(flags)}.",
     )
     return "\n".join(f"{textwrap.fill(paragraph, WIDTH, break_on_hyphens=False)}\n" for paragraph in paragraphs)
