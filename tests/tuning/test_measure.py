@@ -94,7 +94,7 @@ def test_what_comes_before_the_end_can_be_kept(checkpoint: Path, measured: Sensi
     ]
     assert steps[-1].sensitivity == measured
     assert planned[0].spans == ((0, 6),) and planned[0].tensors.keys() == measured.tensors.keys()
-    assert steps[0].perplexity == pytest.approx(1088, rel=0.5)
+    assert 1088 / 3 < steps[0].perplexity < 3 * 1088  # it knows nothing
 
 
 def test_the_seed_draws_other_labels(checkpoint: Path, measured: Sensitivity) -> None:
