@@ -57,6 +57,12 @@ if TYPE_CHECKING:
         View,
         Zeros,
     )
+    from gguf3n.formats.sensitivity import (
+        Sensitivity,
+        merge_sensitivities,
+        read_sensitivity,
+        write_sensitivity,
+    )
     from gguf3n.gemma3n.mapping import MappedTensor
     from gguf3n.gemma3n.named_slices import find_slice
     from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
@@ -79,6 +85,9 @@ if TYPE_CHECKING:
     from gguf3n.quants.api import dequantize, quantize
     from gguf3n.recipes import Decision, For, ImageRows, Keep, Recipe, Rule, find_recipe
     from gguf3n.slicing import write_slice
+    from gguf3n.tuning.allocate import Tuned, Tuning, TypeLimits
+    from gguf3n.tuning.measure import measure_sensitivity
+    from gguf3n.tuning.tune import tune
     from gguf3n.validation.divergence import Divergence
     from gguf3n.validation.logits import Limits, LogitsResult
     from gguf3n.validation.options import ValidationOptions, parse_validation
@@ -154,6 +163,7 @@ __all__ = [
     "RowReader",
     "Rule",
     "Scaled",
+    "Sensitivity",
     "Severity",
     "SideBySide",
     "Skipped",
@@ -176,6 +186,9 @@ __all__ = [
     "TokenizerError",
     "TokensResult",
     "Transposed",
+    "Tuned",
+    "Tuning",
+    "TypeLimits",
     "UsageError",
     "Validation",
     "ValidationOptions",
@@ -197,8 +210,10 @@ __all__ = [
     "make_card",
     "make_manifest",
     "measure_importance",
+    "measure_sensitivity",
     "measure_statistics",
     "merge_imatrices",
+    "merge_sensitivities",
     "mmproj_part",
     "ollama_files",
     "open_gguf",
@@ -213,17 +228,20 @@ __all__ = [
     "read_imatrix",
     "read_manifest",
     "read_recipe",
+    "read_sensitivity",
     "read_source",
     "record_source",
     "repair",
     "take_slice",
     "text_part",
+    "tune",
     "validate",
     "verify",
     "write",
     "write_imatrix",
     "write_manifest",
     "write_report",
+    "write_sensitivity",
     "write_slice",
 ]
 
@@ -289,6 +307,7 @@ _HOMES = {
     "RowReader": "formats.rows",
     "Rule": "recipes",
     "Scaled": "formats.rows",
+    "Sensitivity": "formats.sensitivity",
     "Severity": "inspection.lint",
     "SideBySide": "formats.rows",
     "Skipped": "inspection.statistics",
@@ -311,6 +330,9 @@ _HOMES = {
     "TokenizerError": "errors",
     "TokensResult": "validation.tokens",
     "Transposed": "formats.rows",
+    "Tuned": "tuning.allocate",
+    "Tuning": "tuning.allocate",
+    "TypeLimits": "tuning.allocate",
     "UsageError": "errors",
     "Validation": "validation.validate",
     "ValidationOptions": "validation.options",
@@ -332,8 +354,10 @@ _HOMES = {
     "make_card": "publishing.card",
     "make_manifest": "publishing.manifest",
     "measure_importance": "engines.activations",
+    "measure_sensitivity": "tuning.measure",
     "measure_statistics": "inspection.statistics",
     "merge_imatrices": "formats.imatrix",
+    "merge_sensitivities": "formats.sensitivity",
     "mmproj_part": "gemma3n.part",
     "ollama_files": "publishing.ollama",
     "open_gguf": "formats.gguf_reader",
@@ -348,11 +372,13 @@ _HOMES = {
     "read_imatrix": "formats.imatrix",
     "read_manifest": "publishing.manifest",
     "read_recipe": "conversion",
+    "read_sensitivity": "formats.sensitivity",
     "read_source": "conversion",
     "record_source": "publishing.manifest",
     "repair": "inspection.repair",
     "take_slice": "gemma3n.slices",
     "text_part": "gemma3n.part",
+    "tune": "tuning.tune",
     "validate": "validation.validate",
     "verify": "publishing.verify",
     "write": "conversion",
@@ -360,6 +386,7 @@ _HOMES = {
     "write_manifest": "publishing.manifest",
     "write_report": "validation.report",
     "write_slice": "slicing",
+    "write_sensitivity": "formats.sensitivity",
 }
 
 

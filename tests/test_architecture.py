@@ -46,14 +46,18 @@ BELOW: dict[str, set[str]] = {
         "plots", "regexes", "validation", "dates", "outside", "progress", "workers", "",
     },
     "schemas": {"inspection", "publishing", "recipes", "validation"},
+    "tuning": {
+        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "conversion", "engines", "progress",
+        "validation", "workers",
+    },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "adapter_file", "slicing", "publishing", "validation", "outside", "progress", "workers", "",
+        "adapter_file", "slicing", "publishing", "tuning", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "adapter_file", "engines", "slicing", "publishing", "validation",
+        "adapter_file", "engines", "slicing", "publishing", "tuning", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""

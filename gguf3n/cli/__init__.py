@@ -54,6 +54,8 @@ COMMANDS: Mapping[str, Command] = {
     "imatrix": Command(
         "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}
     ),
+    "sensitivity": Command("Measure what each tensor costs in each type, by gradients over text."),
+    "tune": Command("Write the recipe with the least expected divergence that a size allows."),
     "recipes": Command(
         "List, show and extract quantizations.", {"list": "list_recipes", "show": "show", "extract": "extract"}
     ),

@@ -17,8 +17,8 @@ from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, SourceError
 
 MIB = 1 << 20
 
-MAX_RECIPE_BYTES = MIB // 16
-"""The largest preset has 4 KB; one extracted from a file has a rule for each of its mixtures."""
+MAX_RECIPE_BYTES = MIB // 4
+"""The largest preset has 4 KB; a tuned one has a rule and a reason for each matrix, 287 of E4B's."""
 MAX_TEXT_BYTES = 256 * MIB
 """Of texts to measure on or to compare with; calibration texts have a few megabytes."""
 MAX_VALUE_BYTES = 16 * MIB

@@ -236,6 +236,7 @@ def _build(chain: _Chain, name: str, part: For) -> Recipe:
         summary=setting("summary", ""),
         note=setting("note", ""),
         part=part,
+        evidence=chain.settings[0].get("evidence", ()),
     )
 
 

@@ -172,6 +172,7 @@ class Recipe:
         note: what else a user should know, such as that it is a reconstruction.
         overrides: rules of the command line.
         part: the file that it is for.
+        evidence: what its types were chosen by, where they were measured; lines.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Recipe:
     note: str = ""
     overrides: tuple[Rule, ...] = ()
     part: For = For.TEXT
+    evidence: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ ple = "Q5_1"                  # of the per-layer embeddings, likewise; "base": t
 unevaluated = "Q2_K"          # of weights that are never used; "rules": as all others
 keep = "f16"                  # of matrices that are never quantized: f16, bf16, source, f32
 image_rows = "model"          # of <end_of_image> in the embedding tables: the model's, or padding as "llama.cpp" has it
+evidence = ["line", "line"]   # what the types were chosen by, where gguf3n tune has chosen them; not inherited
 
 [[rule]]                      # the first that matches decides
 tensor = "blk.*.attn_v.weight"    # a pattern of the whole name, or a list; or regex = '...'
@@ -98,6 +99,12 @@ def _name(value: Any) -> str:
     return value
 
 
+def _lines(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError
+    return tuple(map(_text, value))
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError
@@ -137,6 +144,7 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "name": (_name, "letters, digits and any of . _ + @ -, as it becomes part of a file's name"),
     "summary": (_text, "a line of text"),
     "note": (_text, "some text"),
+    "evidence": (_lines, "a list of lines"),
     "ftype": (parse_ftype, "a file type of llama.cpp, such as Q4_K_M"),
     "type": (parse_type, A_TYPE),
     "token_embd": (_table_type, f'"{BASE}", or {A_TYPE}'),
