@@ -45,7 +45,7 @@ BELOW: dict[str, set[str]] = {
         "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
         "plots", "regexes", "validation", "dates", "outside", "progress", "workers", "",
     },
-    "schemas": {"inspection", "publishing", "recipes", "validation"},
+    "schemas": {"inspection", "publishing", "recipes", "tuning", "validation"},
     "tuning": {
         "errors", "formats", "gemma3n", "recipes", "quants", "planning", "conversion", "engines", "progress",
         "validation", "workers",

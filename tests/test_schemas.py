@@ -16,16 +16,20 @@ import pytest
 import gguf3n
 from gguf3n import cli
 from gguf3n.cli.imatrix import _measured_json
+from gguf3n.cli.sensitivity import _as_json as _sensitivity_json
 from gguf3n.engines.activations import Measurement
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, write_imatrix
+from gguf3n.formats.sensitivity import read_sensitivity, write_sensitivity
 from gguf3n.schemas.generate import DRAFT, file_name
 from gguf3n.schemas.outputs import OUTPUTS
+from gguf3n.tuning.measure import Measurement as SensitivityMeasurement
 from gguf3n.validation.divergence import Divergence
 from gguf3n.validation.logits import Limits, LogitsResult
 from gguf3n.validation.result import Problem, Stage, Verdict
 from gguf3n.validation.vision import VisionResult
 from tests import micro
+from tests.tuning.facts import made_up
 from workshop.places import ROOT
 
 FOLDER = ROOT / "gguf3n/schemas"
@@ -81,6 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     (folder / "wide").symlink_to(make_checkpoint(size="tiny-e4b"))
     (folder / "seeing").symlink_to(make_checkpoint(multimodal=True))
     an_imatrix(folder / "imatrix.gguf")
+    part = gguf3n.text_part(gguf3n.read_source(folder / "micro"))
+    write_sensitivity(made_up(part, (QType.Q8_0, QType.Q5_1, QType.Q4_0)), folder / "costs.json")
     (folder / "jobs.toml").write_text('[[model]]\nsource = "micro"\nrepo = "me/micro-GGUF"\nquants = ["Q8_0"]\n')
     gguf3n.convert(folder / "micro", "Q8_0", folder / "x.gguf", threads=1)
     gguf3n.convert(folder / "micro", "Q4_0", folder / "y.gguf", threads=1)
@@ -109,6 +115,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     (CONVERT, "quantize x.gguf -q Q4_0 --allow-requantize -o again.gguf"),
     ("gguf3n.slices/1", "slices"),
     ("gguf3n.slice/1", "slice wide E2B -o sliced"),
+    ("gguf3n.tune/1", "tune micro --sensitivity costs.json --like Q4_0 -o mine.toml"),
+    ("gguf3n.tune/1", "tune micro --sensitivity costs.json --curve curve.svg"),
     ("gguf3n.stats/1", "stats micro"),
     ("gguf3n.stats/1", "stats y.gguf --against micro"),
     ("gguf3n.stats/1", "stats seeing"),
@@ -146,7 +154,8 @@ def test_every_manifest(folder: Path) -> None:
 
 
 def test_every_output_is_looked_at() -> None:
-    assert {name for name, _ in COMMANDS} | {"gguf3n.manifest/1", "gguf3n.hf-jobs/1"} == set(OUTPUTS)
+    others = {"gguf3n.manifest/1", "gguf3n.hf-jobs/1", "gguf3n.sensitivity/1"}
+    assert {name for name, _ in COMMANDS} | others == set(OUTPUTS)
 
 
 DIVERGENCE = Divergence(8, 0.1, 0.1, 0.2, 0.3, float("inf"), 0.9, 0.8, 3.0, 3.1)
@@ -177,6 +186,12 @@ def test_an_importance_matrix_that_was_measured() -> None:
         ("t",), 8, 99, 0, 1, 1, 12.5, frozenset({1}), {"blk.0.attn_q.weight": np.ones(4)}, {"blk.0.attn_q.weight": 8}
     )
     assert check(_measured_json(measured, measured.imatrix, 1.0)) == "gguf3n.imatrix/1"
+
+
+def test_sensitivities_that_were_measured(folder: Path) -> None:
+    found = read_sensitivity(folder / "costs.json")
+    result = _sensitivity_json(found, Path("costs.json"), SensitivityMeasurement(found, 8, 8, 12.5), 1.0)
+    assert check(result) == "gguf3n.sensitivity/1"
 
 
 def test_a_schema_refuses_what_is_none() -> None:

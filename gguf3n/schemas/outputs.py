@@ -15,6 +15,7 @@ from gguf3n.inspection.summary import Token
 from gguf3n.publishing.checks import Tag
 from gguf3n.publishing.hf_jobs import HubJob
 from gguf3n.recipes import For
+from gguf3n.tuning.ladder import Point
 from gguf3n.validation.divergence import Divergence
 from gguf3n.validation.logits import Limits
 from gguf3n.validation.result import Problem, Stage, Verdict
@@ -704,6 +705,75 @@ class SliceResult:
     files: Sequence[WrittenFile]
 
 
+@dataclass(frozen=True)
+class SensitivityResult:
+    """`gguf3n sensitivity`: `costs` in nats a token, by tensor and type."""
+
+    schema: Literal["gguf3n.sensitivity/1"]
+    path: str
+    chunks: int
+    chunks_measured: int
+    ctx: int
+    seed: int
+    perplexity: float
+    seconds: float
+    types: Sequence[str]
+    costs: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TuneBudget:
+    """What a file may take, and how that was said. Units: bytes."""
+
+    bytes: int
+    said: str
+
+
+@dataclass(frozen=True)
+class TunedRow:
+    """A tensor's type, and why."""
+
+    name: str
+    type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Files that can be written: tuned ones for a ladder of budgets, and stock mixtures."""
+
+    tuned: Sequence[Point]
+    stock: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A file in llama.cpp."""
+
+    name: str
+    bytes: int
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """`gguf3n tune`; with `--curve` alone there is no recipe."""
+
+    schema: Literal["gguf3n.tune/1"]
+    source: str
+    recipe: str | None = LEFT_OUT
+    budget: TuneBudget = LEFT_OUT
+    bytes: int = LEFT_OUT
+    bits_per_weight: float = LEFT_OUT
+    expected_divergence: float = LEFT_OUT
+    bound: float = LEFT_OUT
+    exact: bool = LEFT_OUT
+    evidence: Sequence[str] = LEFT_OUT
+    tensors: Sequence[TunedRow] = LEFT_OUT
+    curve: Curve = LEFT_OUT
+    measured: Sequence[MeasuredRow] = LEFT_OUT
+
+
 OUTPUTS: Mapping[str, Any] = {
     "gguf3n.inspect/1": Inspection,
     "gguf3n.lint/1": LintReport | LintReports | Checks,
@@ -716,6 +786,8 @@ OUTPUTS: Mapping[str, Any] = {
     "gguf3n.imatrix/1": ImatrixResult,
     "gguf3n.slices/1": SlicesResult,
     "gguf3n.slice/1": SliceResult,
+    "gguf3n.sensitivity/1": SensitivityResult,
+    "gguf3n.tune/1": TuneResult,
     "gguf3n.manifest/1": ManifestFile,
     "gguf3n.verify/1": VerifyResult,
     "gguf3n.publish/1": PublishResult,
