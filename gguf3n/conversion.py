@@ -18,9 +18,11 @@ from gguf3n.formats.half import fits_f16
 from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
 from gguf3n.formats.rows import FLOAT_DTYPES, RowReader
 from gguf3n.formats.whole_file import check_not_input, check_output, check_space, make_directory
+from gguf3n.gemma3n.adapter import read_adapter
 from gguf3n.gemma3n.gguf_types import types_by_storage
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
+from gguf3n.gemma3n.merging import check_given, merge
 from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, check_kind, mmproj_part, text_part
 from gguf3n.gemma3n.refinement import match_correlations
 from gguf3n.gemma3n.source import GGUFSource, Source, open_gguf_source, open_source
@@ -28,6 +30,7 @@ from gguf3n.pipeline import run
 from gguf3n.planning import Plan, linted, make_plan
 from gguf3n.progress import OnProgress
 from gguf3n.recipes import For, Keep, Recipe, extract_recipe, find_recipe, override
+from gguf3n.slicing import padding_notices
 from gguf3n.workers import check_threads
 
 PART_KINDS = {For.TEXT: PartKind.TEXT, For.MMPROJ: PartKind.MMPROJ}
@@ -55,13 +58,13 @@ class ConversionOptions:
     recipes: tuple[Recipe, ...]
     output: Path | None = None
     imatrix: ImportanceMatrix | None = None
-    correlations: Correlations | None = None
     threads: int | None = None
     force: bool = False
     vision: bool = True
     audio: bool = True
     force_types: bool = False
     inputs: tuple[str | Path, ...] = ()
+    correlations: Correlations | None = None
 
 
 def parse_options(
@@ -129,7 +132,7 @@ def parse_options(
     inputs: list[str | Path] = [*like]
     inputs += [each.path for each in (matrix, correlations) if each is not None]
     return ConversionOptions(
-        tuple(recipes), output, matrix, correlations, threads, force, vision, audio, force_types, tuple(inputs)
+        tuple(recipes), output, matrix, threads, force, vision, audio, force_types, tuple(inputs), correlations
     )
 
 
@@ -159,6 +162,8 @@ def read_source(
     revision: str | None = None,
     weights: bool = True,
     allow_requantize: bool = False,
+    adapters: Sequence[str | Path] = (),
+    adapter_scale: float = 1.0,
     show_progress: bool = False,
 ) -> Source:
     """Open a source to convert it; no weights are read. What is on the Hub is fetched first.
@@ -168,12 +173,18 @@ def read_source(
         revision: branch, tag or commit of a Hub id.
         weights: fetch the weights of a Hub id; without them the result is good for `plan` only.
         allow_requantize: take a GGUF file that is quantized already.
+        adapters: PEFT adapters to merge into a checkpoint, one after another: directories or Hub ids.
+        adapter_scale: how much of what they add is added.
         show_progress: show huggingface_hub's progress bars.
 
-    Raises: SourceError or a class below it; GGUFError; HubError; UsageError for a quantized GGUF file.
+    Raises: SourceError or a class below it; GGUFError; HubError; UsageError for a quantized GGUF file, or adapters that
+        can't be merged into one.
     """
+    check_given(adapters, adapter_scale)
+    read = [read_adapter(adapter, show_progress=show_progress) for adapter in adapters]
     opened = open_source(source, revision=revision, weights=weights, show_progress=show_progress)
-    return _checked(opened, allow_requantize) if isinstance(opened, GGUFSource) else opened
+    checked = _checked(opened, allow_requantize) if isinstance(opened, GGUFSource) else opened
+    return merge(checked, read, adapter_scale)
 
 
 def read_gguf(source: str | Path, *, allow_requantize: bool = False, kinds: Collection[PartKind] = ()) -> Source:
@@ -260,7 +271,8 @@ def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
     if texts:
         wanted = zip(ENCODERS, (options.vision, options.audio), strict=True)
         beside = [what for what, is_wanted in wanted if encoders and is_wanted]
-        plans += plan_all(text_part(source, beside=beside), texts, options.imatrix, options.correlations)
+        planned = plan_all(text_part(source, beside=beside), texts, options.imatrix, options.correlations)
+        plans += [replace(each, notices=(*each.notices, *padding_notices(each))) for each in planned]
     if encoders:
         part = mmproj_part(source, vision=options.vision, audio=options.audio)
         plans += linted([make_plan(part, recipe, force_types=options.force_types) for recipe in encoders])
@@ -296,6 +308,8 @@ def convert(
     output: str | Path | None = None,
     *,
     revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    adapter_scale: float = 1.0,
     mmproj: str | Recipe | Sequence[str | Recipe] = (),
     vision: bool = True,
     audio: bool = True,
@@ -314,7 +328,7 @@ def convert(
 
     Args:
         source: as for `read_source`, or what it returned.
-        revision: branch, tag or commit of a Hub id.
+        revision, adapters, adapter_scale: as for `read_source`, of a source that is not open yet.
         progress: called about ten times a second.
         quants and the others: as for `parse_options`.
 
@@ -337,8 +351,19 @@ def convert(
         threads=threads,
         force=force,
     )
-    opened = source if isinstance(source, Source) else read_source(source, revision=revision)
-    plans = plan_files(opened, options)
+    if isinstance(source, Source):
+        if adapters:
+            raise UsageError(f"{source.origin}: open already", fix="give the adapters to read_source")
+        opened = source
+    else:
+        opened = read_source(source, revision=revision, adapters=adapters, adapter_scale=adapter_scale)
+    return write_files(plan_files(opened, options), options, progress)
+
+
+def write_files(
+    plans: Sequence[Plan], options: ConversionOptions, progress: OnProgress | None = None
+) -> list[Conversion]:
+    """Carry out what `plan_files` has planned; errors as for `write`."""
     return write(
         plans,
         options.output,
@@ -371,7 +396,7 @@ def write(
     check_threads(threads)
     if not plans:
         raise UsageError("nothing to write", expected="one plan or more", found="none")
-    paths = output_paths([plan.part.file_name(plan.recipe.name) for plan in plans], output)
+    paths = output_paths([plan.file_name for plan in plans], output)
     sources = {file for plan in plans for file in plan.part.source.files}
     for path in paths:
         check_not_input(path, *inputs, *sources)

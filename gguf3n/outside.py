@@ -40,7 +40,7 @@ SECRETS: tuple[tuple[str, str], ...] = (
      rf"\1{MASK}"),
     (r"(?i)(?<![\w-])((?:x-)?(?:api[-_ ]?key|password)\s{0,4}:\s{0,4})[^\s\"',;}]+", rf"\1{MASK}"),
     # tokens by their own look: the Hub's, OpenAI's, GitHub's, GitLab's, Amazon's, JSON Web Tokens
-    (r"\b(hf_(?!transfer\b)|api_org_)[A-Za-z0-9]{6,}", rf"\1{MASK}"),
+    (r"\b(hf_(?!(?:transfer|metadata)\b)|api_org_)[A-Za-z0-9]{6,}", rf"\1{MASK}"),
     (r"\b(sk-|gh[pousr]_|github_pat_|glpat-)[\w-]{16,}", rf"\1{MASK}"),
     (r"\bA[KS]IA[A-Z0-9]{12,}", MASK),
     (r"\beyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?", MASK),

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 
 from gguf3n.errors import Interrupted, QuantizationError
 from gguf3n.formats.gguf_layout import QType, row_bytes
-from gguf3n.formats.gguf_writer import GGUFWriter
-from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, RowReader, Rows, Stored, Values, Widen, chunks, dequantize_into
+from gguf3n.formats.gguf_writer import GGUFWriter, Sink
+from gguf3n.formats.rows import CHUNK_WEIGHTS, Arithmetic, Chunk, RowReader, Rows, Values, chunks, dequantize_into
 from gguf3n.planning import Plan, PlannedTensor
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.workers import default_threads, run_workers
 
 
-def compiled_widen() -> Widen:
-    """How stored bytes become values, by compiled code. numba is loaded here: only when there is something to read."""
-    from gguf3n.quants import floats
+def compiled_arithmetic() -> Arithmetic:
+    """The same by compiled code. numba is loaded here: only when there is something to read."""
+    from gguf3n.quants import floats, products
 
     def widen(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
         match dtype:
@@ -47,7 +47,15 @@ def compiled_widen() -> Widen:
                 dequantize_into(raw, QType[dtype], out)  # what is not finite is found below
         return float(floats.largest_magnitude(out))
 
-    return widen
+    def add_product(rows: Values, a: Values, b: Values, scale: float) -> float:
+        products.add_product(rows, a, b, scale)
+        return float(floats.largest_magnitude(rows.reshape(-1)))
+
+    def set_lengths(rows: Values, lengths: Values) -> float:
+        products.set_lengths(rows, np.ascontiguousarray(lengths))
+        return float(floats.largest_magnitude(rows.reshape(-1)))
+
+    return Arithmetic(widen, add_product, set_lengths)
 
 
 def run(
@@ -57,6 +65,7 @@ def run(
     force: bool = False,
     progress: OnProgress | None = None,
     chunk_weights: int = CHUNK_WEIGHTS,
+    sink: Callable[..., Sink] = GGUFWriter,
 ) -> None:
     """Write every plan's file from one read of the sources.
 
@@ -65,6 +74,7 @@ def run(
         threads: workers; see default_threads.
         force: replace files that exist.
         progress: called from the calling thread, in bytes of the source.
+        sink: what takes a file's data; made as a GGUFWriter is.
 
     Raises: QuantizationError for a value that is not finite; CheckpointError, OutputError; Interrupted on Ctrl-C. No
         file stands under its final name unless all are complete.
@@ -72,12 +82,12 @@ def run(
     from gguf3n.quants.api import quantize_rows
     from gguf3n.quants.refinement import refine_rows
 
-    widen = compiled_widen()  # before there are files: while Python loads modules it can lose an interrupt
+    arithmetic = compiled_arithmetic()  # before there are files: while Python loads modules it can lose an interrupt
     stop = threading.Event()
     try:
         with ExitStack() as stack:
-            opened = [(plan, stack.enter_context(GGUFWriter(path, plan.layout, force=force))) for plan, path in outputs]
-            work = _Work(opened, RowReader(widen), quantize_rows, refine_rows, stop, progress, chunk_weights)
+            opened = [(plan, stack.enter_context(sink(path, plan.layout, force=force))) for plan, path in outputs]
+            work = _Work(opened, RowReader(arithmetic), quantize_rows, refine_rows, stop, progress, chunk_weights)
             stack.callback(work.reader.close)
             run_workers(work.loop, threads or default_threads(), stop, work.meter.report)
             work.reader.check_unchanged()
@@ -91,7 +101,7 @@ def run(
 class _Place:
     """Where rows go: from `offset` on in one file."""
 
-    writer: GGUFWriter
+    writer: Sink
     offset: int
 
 
@@ -104,7 +114,7 @@ class _Wanted:
     places: list[_Place]
 
 
-def _meet(outputs: Sequence[tuple[Plan, GGUFWriter]]) -> dict[Rows, list[_Wanted]]:
+def _meet(outputs: Sequence[tuple[Plan, Sink]]) -> dict[Rows, list[_Wanted]]:
     """What the outputs want of each row range, in the order in which they name them."""
     wanted: dict[Rows, dict[tuple[QType, int, int], _Wanted]] = {}
     for plan, writer in outputs:
@@ -126,7 +136,7 @@ class _Work:
 
     def __init__(
         self,
-        outputs: Sequence[tuple[Plan, GGUFWriter]],
+        outputs: Sequence[tuple[Plan, Sink]],
         reader: RowReader,
         quantize_rows: Callable[..., bool],
         refine_rows: Callable[..., None],
@@ -160,12 +170,12 @@ class _Work:
         """Read, quantize and write one chunk."""
         rows = chunk.rows
         values = values[: chunk.n_weights].reshape(chunk.n_rows, rows.n_per_row)
-        raw: NDArray[np.uint8] | None = None
-        if isinstance(rows, Stored):  # its bytes are what an output of the same type gets
-            raw = self.reader.read_stored(rows, chunk.first, chunk.n_rows)
-            largest = self.reader.widen(rows.dtype, raw, values.reshape(-1))
-        else:
+        raw = self.reader.read_raw(rows, chunk.first, chunk.n_rows)  # what an output of the same type gets
+        if raw is None:
             largest = self.reader.fill(rows, chunk.first, values)
+        else:
+            (dtype,) = rows.dtypes
+            largest = self.reader.arithmetic.widen(dtype, raw, values.reshape(-1))
         if not math.isfinite(largest):
             raise _not_finite(chunk, values)
         for wanted in self.wanted[rows]:

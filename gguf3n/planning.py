@@ -65,6 +65,11 @@ class Plan:
     """What lint will say of the file, its notes left out; see `linted`."""
 
     @property
+    def file_name(self) -> str:
+        """What the file is called, unless its name is given."""
+        return self.part.file_name(self.recipe.label)
+
+    @property
     def total_bytes(self) -> int:
         return self.layout.total_bytes
 
@@ -152,9 +157,7 @@ def make_plan(
 
 def linted(plans: Sequence[Plan]) -> list[Plan]:
     """Plans of one part with what lint will say of their files."""
-    headers = [
-        HeaderInMemory(plan.part.file_name(plan.recipe.name), plan.layout.header, plan.total_bytes) for plan in plans
-    ]
+    headers = [HeaderInMemory(plan.file_name, plan.layout.header, plan.total_bytes) for plan in plans]
     return [replace(plan, findings=found) for plan, found in zip(plans, lint_headers(headers), strict=True)]
 
 
@@ -169,8 +172,11 @@ def _with_file_keys(part: Part, recipe: Recipe) -> list[KeyValue]:
     version, ftype = file_keys(recipe.ftype)
     if part.kind is PartKind.TEXT:
         return [*part.keys, version, ftype]
+    if part.kind is PartKind.LORA:
+        return [*part.keys, version]
     general = [key for key in part.keys if key.name.startswith("general.")]
-    return [*general, ftype, *(key for key in part.keys if key not in general), version]
+    others = [key for key in part.keys if not key.name.startswith("general.")]
+    return [*general, ftype, *others, version]
 
 
 def _check_runs(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> None:

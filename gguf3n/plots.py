@@ -1,4 +1,4 @@
-"""Pictures: the maximum magnitude over the network, and the error a layer.
+"""Pictures: the maximum magnitude over the network, the error a layer, and files' sizes against what they lose.
 
 matplotlib is imported when a picture is made, and only its Figure, never pyplot: no window, no state that a caller
 shares. The same values give the same bytes. Colours are of the palette of Okabe and Ito, which people tell apart
@@ -11,7 +11,7 @@ import importlib.util
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,8 @@ LABEL_OFFSETS = ((0, 9), (9, 0), (-9, 0), (9, 9), (-9, 9), (0, 18), (0, -9), (14
 """Where a number may stand beside its mark, in points, the first that is free."""
 
 
+GIB = 1 << 30
+
 LEAST_SHOWN = 1e-4
 """Share of the largest error: below it is the rounding of 16-bit tensors, which would take the space of all others."""
 
@@ -83,6 +85,15 @@ class LayerError:
     bid: int | None
     error: float
     flagged: bool = False
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """A file's size against how far it is from its source. Units: bytes; nats a token."""
+
+    name: str
+    n_bytes: int
+    divergence: float
 
 
 def check_plot(path: Path, *, force: bool) -> None:
@@ -133,6 +144,47 @@ def write_statistics_plot(
     write_whole(path, data, force=force)
 
 
+@dataclass(frozen=True)
+class SizePoint:
+    """A file of a repository: its size in bytes, and how far its next tokens are from the original's, in nats."""
+
+    name: str
+    n_bytes: int
+    divergence: float
+    is_recommended: bool = False
+
+
+def size_svg(points: Sequence[SizePoint]) -> str:
+    """Size against divergence of the files of a repository, as a page of its own that lies on white.
+
+    Raises: UsageError without matplotlib.
+    """
+    check_matplotlib()
+    with _style():
+        figure = _figure(1)
+        axes = figure.subplots()
+        shown = sorted((p for p in points if 0 < p.divergence < math.inf), key=lambda p: (p.n_bytes, p.name))
+        axes.set_yscale("log")
+        for gid, wanted, colour, marker, label in (
+            ("files", False, BLUE, "o", "files"),
+            ("recommended", True, VERMILION, "D", "recommended"),
+        ):
+            some = [point for point in shown if point.is_recommended is wanted]
+            if some:
+                xs, ys = [point.n_bytes / GIB for point in some], [point.divergence for point in some]
+                axes.scatter(xs, ys, s=48, c=colour, marker=marker, label=label, zorder=3).set_gid(gid)
+        _scale(axes, [point.divergence for point in shown])
+        axes.margins(x=0.12)
+        axes.set_ylabel("mean KL divergence, nats")
+        n_hidden = len(points) - len(shown)
+        axes.set_xlabel("size, GiB" + (f"; not shown: {n_hidden} of no or no finite divergence" if n_hidden else ""))
+        names = [_label(axes, _cut(_shown(point.name)), (point.n_bytes / GIB, point.divergence)) for point in shown]
+        _legend(axes, below=True)
+        figure.draw_without_rendering()
+        _place_numbers(axes, names)
+        return _rendered(figure, "svg").decode()
+
+
 def error_svg(errors: Sequence[LayerError]) -> str:
     """The errors a layer as an SVG element for a page: it takes the page's text colour and has no background.
 
@@ -146,6 +198,69 @@ def error_svg(errors: Sequence[LayerError]) -> str:
             part.patch.set_visible(False)
         text = _rendered(figure, "svg").decode()
     return text[text.index("<svg") :].replace(INK, "currentColor").strip()
+
+
+SERIES = ((BLUE, "o", "-"), (GREEN, "s", "none"), (VERMILION, "D", "none"))
+"""Colour, marker and line of the first, second and third series of files."""
+
+
+def write_tradeoff_plot(
+    path: Path,
+    series: Mapping[str, Sequence[FileMark]],
+    chosen: FileMark | None = None,
+    *,
+    title: str,
+    force: bool = False,
+) -> None:
+    """The divergence of files over their sizes.
+
+    Args:
+        path: ends in .png or .svg.
+        series: by their labels: first one that is drawn as a line, then up to two whose marks have names.
+        chosen: one of the files, to be marked.
+
+    Raises: as `check_plot`.
+    """
+    check_plot(path, force=force)
+    with _style():
+        figure = _figure(1)
+        figure.suptitle(_cut(_shown(title), TITLE_LENGTH), fontweight="bold")
+        axes = figure.subplots()
+        names = _draw_tradeoff(axes, series, chosen)
+        figure.draw_without_rendering()
+        _place_numbers(axes, names, hide=True)
+        data = _rendered(figure, path.suffix.lower()[1:])
+    write_whole(path, data, force=force)
+
+
+def _draw_tradeoff(axes: Any, series: Mapping[str, Sequence[FileMark]], chosen: FileMark | None) -> list[Any]:
+    """Returns the names of files, to be placed once the size of the panel is known."""
+    sizes = [mark.n_bytes for marks in series.values() for mark in marks]
+    unit, name = (1e9, "GB") if max(sizes, default=0) >= 1e9 else (1e6, "MB")
+    axes.set_yscale("log")
+    names: list[tuple[str, tuple[float, float]]] = []
+    heights: list[float] = []
+    for (label, marks), (colour, marker, line) in zip(series.items(), SERIES, strict=False):
+        points = {(mark.n_bytes / unit, mark.divergence): mark.name for mark in marks if mark.divergence > 0}
+        heights += [height for _, height in points]
+        (drawn,) = axes.plot(
+            [x for x, _ in points], [y for _, y in points], color=colour, marker=marker, markersize=4.5,
+            linestyle=line, linewidth=1.2, label=label,
+        )  # fmt: skip
+        drawn.set_gid(label.replace(" ", "-"))
+        if line == "none":
+            names += [(name, at) for at, name in points.items()]
+    if chosen is not None and chosen.divergence > 0:
+        ring = axes.scatter(
+            [chosen.n_bytes / unit], [chosen.divergence], s=120, facecolors="none", edgecolors=INK, linewidths=1.6,
+            label=_shown(chosen.name), zorder=4,
+        )  # fmt: skip
+        ring.set_gid("chosen")
+    _scale(axes, heights)
+    axes.set_ylabel("expected KL divergence, nats a token")
+    axes.set_xlabel(f"size of the file, {name}")
+    _legend(axes, below=False)
+    return [_number(axes, _cut(_shown(text)), at, size=8) for text, at in names]
 
 
 @contextmanager
@@ -364,19 +479,27 @@ def _legend(axes: Any, *, below: bool) -> None:
             handle.set_sizes([36])
 
 
-def _number(axes: Any, text: str, at: tuple[float, float]) -> Any:
-    """A number beside a mark, with a halo."""
+def _number(axes: Any, text: str, at: tuple[float, float], size: int = 10) -> Any:
+    """A number or a name beside a mark, with a halo."""
     from matplotlib.patheffects import withStroke
 
+    return _label(axes, text, at, size, path_effects=[withStroke(linewidth=2.5, foreground="white")])
+
+
+def _label(axes: Any, text: str, at: tuple[float, float], size: int = 10, **style: Any) -> Any:
+    """A text beside a mark, for `_place_numbers` to move."""
     return axes.annotate(
-        text, at, xytext=LABEL_OFFSETS[0], textcoords="offset points", va="center", ha="center", fontsize=10,
-        fontweight="bold", zorder=5, annotation_clip=False,
-        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        text, at, xytext=LABEL_OFFSETS[0], textcoords="offset points", va="center", ha="center", fontsize=size,
+        fontweight="bold", zorder=5, annotation_clip=False, **style,
     )  # fmt: skip
 
 
-def _place_numbers(axes: Any, numbers: Sequence[Any]) -> None:
-    """Move each number to the first of LABEL_OFFSETS where it is clear of the others and their marks."""
+def _place_numbers(axes: Any, numbers: Sequence[Any], *, hide: bool = False) -> None:
+    """Move each number to the first of LABEL_OFFSETS where it is clear of the others and their marks.
+
+    Args:
+        hide: those that are clear nowhere.
+    """
     renderer = axes.figure.canvas.get_renderer()
     marks = axes.transData.transform([number.xy for number in numbers]) if numbers else []
     taken: list[Any] = []
@@ -386,4 +509,8 @@ def _place_numbers(axes: Any, numbers: Sequence[Any]) -> None:
             box = number.get_window_extent(renderer).padded(1)
             if not any(box.overlaps(other) for other in taken) and not any(box.contains(*mark) for mark in marks):
                 break
+        else:
+            if hide:
+                number.set_visible(False)
+                continue
         taken.append(box)

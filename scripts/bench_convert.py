@@ -16,13 +16,7 @@ import tempfile
 from pathlib import Path
 
 from workshop import llama_cpp_tools
-from workshop.timing import Figure, measure, median, together
-
-COPY = (
-    "import sys\n"
-    "with open(sys.argv[1], 'rb', buffering=0) as source, open(sys.argv[2], 'wb', buffering=0) as target:\n"
-    "    while data := source.read(1 << 24): target.write(data)\n"
-)
+from workshop.timing import Figure, copy_command, measure, median, together
 
 
 def ours(source: Path, quant: str, directory: Path, threads: int | None) -> Figure:
@@ -76,7 +70,7 @@ def main() -> None:
         for _ in range(options.runs):
             if "BF16" in quants:
                 target = directory / "copy"
-                copy_commands = [[sys.executable, "-c", COPY, str(file), str(target)] for file in source_files]
+                copy_commands = [copy_command(file, target) for file in source_files]
                 copies.append(together([measure(command, target) for command in copy_commands]))
             for quant in quants:
                 mine[quant].append(ours(options.source, quant, directory, options.threads))

@@ -6,7 +6,7 @@
 An input is made from its number: one to three files of a small checkpoint are changed, as JSON, as safetensors, as a
 model card or as bytes, or become a pipe, a directory, a device, a file with holes. Of each eighth a GGUF file is
 written. Whatever is no Gguf3nError is reported, by the place where it happened; so are signals, inputs that take longer
-than 20 seconds, and those that want more than 768 MB.
+than 20 seconds of the processor, and those that want more than 768 MB.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes a Gemma 3n checkpoint of random weights: tiny for the tests, E2B or E4B for realistic conversions.
+"""Makes a Gemma 3n checkpoint of random weights: tiny ones for the tests, E2B or E4B for realistic conversions.
 
     python scripts/make_checkpoint.py --size tiny -o /tmp/tiny
     python scripts/make_checkpoint.py --size e2b  -o /tmp/e2b --shards 3
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from workshop.checkpoints import DTYPES, LAYOUTS, Options, make
+from workshop.checkpoints import DTYPES, LAYOUTS, SMALL, Options, make
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Path, Options]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--size", choices=("tiny", "e2b", "e4b"), default="tiny")
+    parser.add_argument("--size", choices=(*SMALL, "e2b", "e4b"), default="tiny")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="published", help="how the tensors are named")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--shards", type=int, default=1, metavar="N")

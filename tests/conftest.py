@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import Run, runner
 from workshop import checkpoints
 
 
@@ -33,3 +34,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
     """The small checkpoint in the published layout, BF16, both tokenizers."""
     return make_checkpoint()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("lint", path)`, and what it says: exit code, stdout, stderr."""
+    return runner(monkeypatch, capsys)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gguf3n.gemma3n.source import Source
 from workshop import checkpoints
 
 DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
@@ -36,6 +37,19 @@ def config(**text: Any) -> dict[str, Any]:
     return raw
 
 
+def e4b_config(**text: Any) -> dict[str, Any]:
+    """The same with the 35 layers of E4B, so that it has the slices of E4B."""
+    sliding = ["sliding_attention"] * 4 + ["full_attention"]
+    shaped: dict[str, Any] = {
+        "num_hidden_layers": 35,
+        "num_kv_shared_layers": 15,
+        "intermediate_size": [64] * 35,
+        "layer_types": sliding * 7,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 25,
+    }
+    return config(**shaped | text)
+
+
 def bf16_bits(values: np.ndarray) -> np.ndarray:
     """Float32 cut to BF16."""
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -51,9 +65,10 @@ def tensors(raw: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: object = None) -> None:
     """One safetensors file, tensors in the order given."""
-    header, offset = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
     for name, array in arrays.items():
         entry = {"dtype": DTYPES[array.dtype.name], "shape": list(array.shape)}
         header[name] = entry | {"data_offsets": [offset, offset + array.nbytes]}
@@ -88,3 +103,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), "utf-8")
+
+
+def changed(one: Source, other: Source) -> set[str]:
+    """Tensors that have other rows in the second."""
+    return {name for name, tensor in one.tensors.items() if other.tensors[name] != tensor}

@@ -21,30 +21,43 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 BELOW: dict[str, set[str]] = {
     "outside": set(),
     "errors": {"outside"},
+    "dates": {"errors"},
     "progress": set(),
     "workers": {"errors"},
+    "regexes": set(),
     "formats": {"errors", "outside"},
     "quants": {"errors", "formats"},
-    "recipes": {"errors", "formats"},
-    "gemma3n": {"errors", "formats"},
+    "recipes": {"errors", "formats", "regexes"},
+    "gemma3n": {"errors", "formats", "regexes"},
     "plots": {"errors", "formats"},
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
     "planning": {"errors", "formats", "gemma3n", "inspection", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
-    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "workers"},
+    "slicing": {"errors", "formats", "gemma3n", "planning", "progress", "recipes"},
+    "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "slicing", "workers"},
+    "adapter_file": {"conversion", "errors", "gemma3n", "planning", "progress", "recipes"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
     "validation": {
         "errors", "formats", "gemma3n", "recipes", "quants", "pipeline", "conversion", "inspection", "engines",
-        "outside", "plots", "progress", "workers",
+        "dates", "outside", "plots", "progress", "workers",
+    },
+    "publishing": {
+        "errors", "formats", "gemma3n", "recipes", "planning", "pipeline", "conversion", "inspection", "engines",
+        "plots", "regexes", "validation", "dates", "outside", "progress", "workers", "",
+    },
+    "schemas": {"inspection", "publishing", "recipes", "tuning", "validation"},
+    "tuning": {
+        "errors", "formats", "gemma3n", "recipes", "quants", "planning", "conversion", "engines", "progress",
+        "validation", "workers",
     },
     "cli": {
         "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "validation", "outside", "progress", "workers", "",
+        "adapter_file", "slicing", "publishing", "tuning", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli"},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
-        "engines", "validation",
+        "adapter_file", "engines", "slicing", "publishing", "tuning", "validation",
     },
 }  # fmt: skip
 """Room -> the rooms it may import; "" is the package itself."""
@@ -61,11 +74,13 @@ ONLY_IN = {
     "rich": "cli",
     "sentencepiece": "gemma3n",
     "huggingface_hub": "formats",
+    "distributed": "publishing",
 }
 """Third-party package -> the one room that may import it."""
 
 NEVER_AT_THE_TOP = (
     "torch", "transformers", "xllamacpp", "psutil", "matplotlib", "sentencepiece", "huggingface_hub", "rich",
+    "distributed",
 )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import gguf3n.cli
 from gguf3n.cli import imatrix as command
 from gguf3n.engines.activations import Measurement, measure_chunks
 from gguf3n.errors import GGUFError, Interrupted, OutputError, UsageError
 from gguf3n.formats.correlations import read_correlations, write_correlations
 from gguf3n.formats.imatrix import merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.gemma3n.source import Checkpoint, Source
+from tests.command_line import Run, plain
 from workshop import imatrix_comparison
 
 pytest.importorskip("torch")
@@ -27,25 +26,10 @@ pytest.importorskip("transformers")
 TEXT = imatrix_comparison.TEXT
 OPTIONS = ("--text", TEXT, "--ctx", "16", "--device", "cpu")
 
-Run = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """`run("imatrix", "show", path)` in an empty directory: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["gguf3n", *map(str, arguments)])
-        code: Any = 0
-        try:
-            gguf3n.cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        captured = capsys.readouterr()
-        return int(code), captured.out, captured.err
-
-    return run
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +58,6 @@ def replayed(
         return asked
 
     return replay
-
-
-def plain(text: str) -> bool:
-    lines = text.splitlines()
-    return "\x1b" not in text and all(len(line) <= 80 or ("/" in line and " " not in line) for line in lines)
 
 
 def test_measure(run: Run, tiny_checkpoint: Path, recorded: list[Measurement], tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--threads", "1",
     ),
     "recipes": ("recipes", "extract", "x.gguf", "-o", "recipe.toml"),
+    "ollama": ("ollama", "x.gguf", "-o", "out"),
+    "card": ("card", "cards", "--repo", "me/x-GGUF"),
 }  # fmt: skip
 
 UNCLEAR = ("fault of gguf3n", "the system refused", "Traceback")
@@ -199,6 +201,9 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gguf3n.convert(source, "Q8_0", root / "broken.gguf")
     with open(root / "broken.gguf", "ab") as file:
         file.write(bytes(1 << 16))
+    (root / "cards").mkdir()
+    shutil.copy(root / "x.gguf", root / "cards" / "x-F16.gguf")
+    (root / "cards" / "README.md").write_text("# mine\n")
     (root / "out").mkdir()
     (root / "out" / "source-Q8_0.gguf").write_text("an earlier file")
     rng = np.random.default_rng(0)

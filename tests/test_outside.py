@@ -53,6 +53,7 @@ KEPT = [
     "Invalid credentials in Authorization header",
     "log in with `hf auth login` or set HF_TOKEN",
     "hf_xet and hf_transfer",
+    "model/.hf_metadata/config.json",
     "C:/models/x.gguf: 12:30 @ noon",
     "a Bearer of news; basic ASCII",
     "found: 5 signatures",

@@ -17,7 +17,15 @@ from gguf3n import plots
 from gguf3n.errors import OutputError, UsageError
 from gguf3n.formats.whole_file import WholeFile
 from gguf3n.inspection.network import kind, place, short_name
-from gguf3n.plots import KINDS, LayerError, Magnitude, error_svg, write_statistics_plot
+from gguf3n.plots import (
+    KINDS,
+    FileMark,
+    LayerError,
+    Magnitude,
+    error_svg,
+    write_statistics_plot,
+    write_tradeoff_plot,
+)
 from workshop import checkpoints
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -243,3 +251,30 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OutputError, match="full"):
         write_statistics_plot(tmp_path / "out" / "x.svg", network()[:5], title="x")
     assert not list((tmp_path / "out").iterdir())
+
+
+def files(n: int, scale: float) -> list[FileMark]:
+    return [FileMark(f"Q{number}_K<&>", 3_000_000_000 + number * 10**8, scale * 0.5**number) for number in range(n)]
+
+
+def test_sizes_against_divergence(tmp_path: Path) -> None:
+    """Every series and the chosen file are there; the same values give the same bytes again."""
+    series = {"tuned": files(9, 0.1), "our mixtures": files(5, 0.3), "llama.cpp's mixtures": files(5, 0.3)}
+    path = tmp_path / "curve.svg"
+    write_tradeoff_plot(path, series, FileMark("mine", 3_100_000_000, 0.05), title="a model")
+    tree = root(path)
+    for label in ("tuned", "our-mixtures", "llama.cpp's-mixtures", "chosen"):
+        assert group(tree, label) is not None, label
+    text = " ".join("".join(element.itertext()) for element in tree.iter(f"{SVG}text"))
+    assert "size of the file, GB" in text and "our mixtures" in text and "mine" in text
+    first = path.read_bytes()
+    write_tradeoff_plot(path, series, FileMark("mine", 3_100_000_000, 0.05), title="a model", force=True)
+    assert path.read_bytes() == first
+    with pytest.raises(OutputError, match="exists already"):
+        write_tradeoff_plot(path, series, title="a model")
+
+
+def test_files_that_lose_nothing_are_not_drawn(tmp_path: Path) -> None:
+    """A logarithm has no zero."""
+    write_tradeoff_plot(tmp_path / "c.png", {"tuned": [FileMark("F32", 10**6, 0.0)]}, title="none")
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"

@@ -5,10 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
-import sys
 import unicodedata
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from gguf3n.formats import hub
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.progress import Progress
+from tests.command_line import Run
 
 EVIL = "\n::error::evil\x1b[31m\x1b]0;title\x07\u202egnp\r##[error]evil\u2028##vso[task.x]\x9b2J"
 CLI = Path(gguf3n.cli.__file__).parent
@@ -43,6 +41,15 @@ def hostile_file(path: Path, template: str = f"::error::first{EVIL}", name: str 
     return path
 
 
+def hostile_folder(path: Path) -> Path:
+    """A repository whose files are called as nobody calls them."""
+    path.mkdir()
+    hostile_file(path / f"::error::x{EVIL}-Q4_K_M.gguf")
+    (path / "README.md").write_text(f"---\nlicense: '::error::{EVIL!r}'\n---\n[x](::error::x\x1b[2J)\n", "utf-8")
+    (path / "params").write_text(json.dumps({f"::error::x{EVIL}": 1}))
+    return path
+
+
 def harmless(text: str) -> bool:
     """Whether lines only say something."""
     lines = text.split("\n")
@@ -55,25 +62,6 @@ def harmless(text: str) -> bool:
     )
 
 
-Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("lint", path)`: stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["gguf3n", *map(str, arguments)])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("signal.signal", lambda *_: None)
-            with suppress(SystemExit):
-                gguf3n.cli.main()
-        said = capsys.readouterr()
-        return said.out, said.err
-
-    return run
-
-
 COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "FILE"),
     "keys": ("inspect", "FILE", "--keys"),
@@ -82,6 +70,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "tokens": ("inspect", "FILE", "--tokens", "0:1"),
     "lint": ("lint", "FILE"),
     "lint deep": ("lint", "FILE", "--deep"),
+    "lint of a directory": ("lint", "FOLDER"),
+    "card": ("card", "FOLDER"),
+    "card of nothing": ("card", f"::error::x{EVIL}"),
+    "card for nobody": ("card", "FOLDER", "--repo", f"::error::x{EVIL}"),
+    "ollama": ("ollama", "FILE", "-o", "FOLDER"),
+    "ollama's system": ("ollama", "FILE", "--system", f"::error::x{EVIL}"),
     "repair": ("repair", "FILE", "--dry-run"),
     "edit": ("edit", "FILE", "--set", f"general.name=a{EVIL}", "--dry-run"),
     "edit with an unknown key": ("edit", "FILE", "--unset", f"::error::x{EVIL}"),
@@ -103,7 +97,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_nothing_that_a_command_prints_acts(case: str, run: Run, tmp_path: Path) -> None:
     paths = {"FILE": hostile_file(tmp_path / "a.gguf"), "OTHER": hostile_file(tmp_path / "b.gguf", name="::error::u")}
-    out, err = run(*(paths.get(word, word) for word in COMMANDS[case]))
+    paths["FOLDER"] = hostile_folder(tmp_path / "folder")
+    _, out, err = run(*(paths.get(word, word) for word in COMMANDS[case]))
     assert out or err
     assert harmless(out), out
     assert harmless(err), err
@@ -115,7 +110,8 @@ def test_a_terminal_gets_no_escapes_but_ours(
 ) -> None:
     monkeypatch.setattr(paint, "_in_colour", lambda **_: True)
     paths = {"FILE": hostile_file(tmp_path / "a.gguf"), "OTHER": hostile_file(tmp_path / "b.gguf", name="u")}
-    for text in run(*(paths.get(word, word) for word in COMMANDS[case])):
+    _, *said = run(*(paths.get(word, word) for word in COMMANDS[case]))
+    for text in said:
         rest = paint._PAINTED.sub("", text)
         assert harmless(rest), rest
 
@@ -123,7 +119,7 @@ def test_a_terminal_gets_no_escapes_but_ours(
 @pytest.mark.parametrize("case", ["inspect", "lint", "diff", "stats", "repair"])
 def test_json_is_whole_and_does_not_act(case: str, run: Run, tmp_path: Path) -> None:
     paths = {"FILE": hostile_file(tmp_path / "a.gguf"), "OTHER": hostile_file(tmp_path / "b.gguf", name="u")}
-    out, _ = run(*(paths.get(word, word) for word in COMMANDS[case]), "--json")
+    _, out, _ = run(*(paths.get(word, word) for word in COMMANDS[case]), "--json")
     assert out.isascii() and harmless(out)
     assert isinstance(json.loads(out), dict)
     if case == "inspect":
@@ -132,7 +128,7 @@ def test_json_is_whole_and_does_not_act(case: str, run: Run, tmp_path: Path) -> 
 
 def test_annotations_are_one_line_each(run: Run, tmp_path: Path) -> None:
     file = hostile_file(tmp_path / "a,b:c.gguf")
-    out, _ = run("lint", file, "--github")
+    _, out, _ = run("lint", file, "--github")
     lines = out.splitlines()
     assert lines and all(line.startswith(("::error file=", "::warning file=", "::notice file=")) for line in lines)
     assert all(line.count(" file=") == 1 for line in lines)
@@ -146,9 +142,9 @@ def test_a_template_is_exact_for_a_program_and_harmless_for_a_log(
     template = f"{{% if a %}}\n\tb::c\n{EVIL}\n"
     file = hostile_file(tmp_path / "a.gguf", template)
     monkeypatch.delenv("CI", raising=False)
-    assert run("inspect", file, "--chat-template")[0] == template
+    assert run("inspect", file, "--chat-template").out == template
     monkeypatch.setenv("CI", "true")
-    out, _ = run("inspect", file, "--chat-template")
+    _, out, _ = run("inspect", file, "--chat-template")
     assert harmless(out) and out.startswith("{% if a %}\n        b::c\n")
 
 

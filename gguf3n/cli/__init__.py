@@ -45,19 +45,30 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "convert": Command("Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."),
     "quantize": Command("Quantize a GGUF file of Gemma 3n to one file, or to several from one read."),
+    "adapter": Command("Write a PEFT adapter as a GGUF LoRA, which llama.cpp loads beside the model."),
     "validate": Command("Compare a GGUF file with its source, tensor by tensor, token by token."),
+    "slices": Command("List the MatFormer slices of E4B: sizes, published MMLU, engines."),
+    "slice": Command("Write a MatFormer slice as a checkpoint of its own."),
+    "publish": Command("Make GGUF files with card, checksums and manifests, and upload them."),
+    "verify": Command("Make a GGUF file again from its source and its manifest; say where it differs."),
     "imatrix": Command(
         "Measure, show and merge importance matrices.", {"measure": "measure", "show": "show", "merge": "merge"}
     ),
+    "sensitivity": Command("Measure what each tensor costs in each type, by gradients over text."),
+    "tune": Command("Write the recipe with the least expected divergence that a size allows."),
     "recipes": Command(
         "List, show and extract quantizations.", {"list": "list_recipes", "show": "show", "extract": "extract"}
     ),
     "inspect": Command("Show what a GGUF file holds: a summary, or the views that are asked for."),
-    "lint": Command("Say what is wrong with a GGUF file, for which engine, and how to fix it."),
+    "lint": Command("Say what is wrong with GGUF files, for which engine, and how to fix it."),
     "repair": Command("Fix what can be fixed safely; leave every other tensor alone."),
     "edit": Command("Change keys without touching tensors: first --apply, then --unset, --rename, --set."),
     "diff": Command("Compare two GGUF files."),
     "stats": Command("Show statistics of every weight, vision and audio included."),
+    "ollama": Command(
+        "Write a Modelfile for Ollama, and the template, params and system files that the Hub gives to it."
+    ),
+    "card": Command("Write a repository's card: README.md, Notice and SHA256SUMS."),
 }
 """Every command, in the order of the help. The modules are imported when a command is run, not to be listed."""
 

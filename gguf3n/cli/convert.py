@@ -3,19 +3,97 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
+from gguf3n.cli import options
 from gguf3n.cli.writing import Writing, write_or_show
-from gguf3n.conversion import read_source
+from gguf3n.conversion import ConversionOptions, read_source
 from gguf3n.errors import UsageError
+from gguf3n.gemma3n.named_slices import Wanted, find_slice
+from gguf3n.gemma3n.slices import take_slice
+from gguf3n.gemma3n.source import Source, open_checkpoint
+from gguf3n.recipes import For, Recipe
+from gguf3n.slicing import choose_slice
+
+AUTO = "auto"
+UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1024.0, "MIB": 1024.0**2, "GIB": 1024.0**3}
+COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Which slice of the model is wanted, if any."""
+
+    slice: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE|auto",
+            help="Take a MatFormer slice of E4B: a name as `gguf3n slices` lists them, a .toml file with skip and "
+            "widths, or auto.",
+        ),
+    ] = None
+    size: Annotated[
+        str | None, typer.Option(help="With --slice auto: the largest file that is wanted, as in 2.5GB or 2.5GiB.")
+    ] = None
+    params: Annotated[
+        str | None, typer.Option(help="With --slice auto: the most effective parameters, as in 2.5B.")
+    ] = None
+    no_pad: Annotated[
+        bool, typer.Option("--no-pad", help="With --slice: write true FFN widths, which llama.cpp does not load yet.")
+    ] = False
+
+    def parse(self) -> Callable[[Source, Recipe], Source] | None:
+        """How a source is sliced for a recipe; None where it is not. Raises: UsageError."""
+        for option, value in (("--size", self.size), ("--params", self.params)):
+            if value is not None and self.slice != AUTO:
+                raise UsageError(f"{option} without --slice auto", fix=f"add --slice auto, or leave {option} out")
+        if self.slice is None:
+            if self.no_pad:
+                raise UsageError("--no-pad without --slice", fix="add --slice NAME, or leave --no-pad out")
+            return None
+        pad = not self.no_pad
+        if self.slice != AUTO:
+            named = find_slice(self.slice)
+            return lambda source, _: _take(source, named, pad=pad)
+        if self.size is None and self.params is None:
+            raise UsageError("--slice auto: how large may it be?", fix="add --size 2.5GB or --params 2.5B")
+        max_bytes = None if self.size is None else _number(self.size, "--size", UNITS, "as 2.5GB or 2.5GiB")
+        most = None if self.params is None else _number(self.params, "--params", COUNTS, "as 2.5B or 900M")
+
+        def take_best(source: Source, recipe: Recipe) -> Source:
+            config = open_checkpoint(source).config
+            best = choose_slice(config, recipe, max_bytes=max_bytes, max_parameters=most, pad=pad)
+            return _take(source, best, pad=pad)
+
+        return take_best
+
+
+def _take(source: Source, named: Wanted, *, pad: bool) -> Source:
+    whole = open_checkpoint(source)
+    return take_slice(whole, named.of(whole.config), pad=pad)
+
+
+def _number(text: str, option: str, units: Mapping[str, float], expected: str) -> float:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?([A-Z]*)", text.strip().upper())
+    if match is None or match[2] not in units or not float(match[1]):
+        raise UsageError(f"{option} {text!r}: no size", expected=expected)
+    return float(match[1]) * units[match[2]]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, a training's folder, or a Hub id like google/gemma-3n-E4B-it.")
+    ],
     wanted: Writing,
+    slicing: Slicing,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    adapter: options.Adapters = None,
+    adapter_scale: options.AdapterScale = 1.0,
 ) -> None:
     """Convert a Gemma 3n checkpoint to one GGUF file, or to several from one read."""
     if os.path.isfile(source):
@@ -24,7 +102,22 @@ def convert(
             expected="a checkpoint directory, or a Hub id",
             fix="gguf3n quantize, if it is a GGUF file; else name the directory that it is in",
         )
-    write_or_show(
-        lambda: read_source(source, revision=revision, weights=not wanted.dry_run, show_progress=not wanted.quiet),
-        wanted,
-    )
+    take = slicing.parse()
+
+    def read(conversion: ConversionOptions) -> Source:
+        texts = [recipe for recipe in conversion.recipes if recipe.part is For.TEXT]
+        if take is not None and not texts:
+            raise UsageError("--slice is for the text model, which is not wanted", fix="add --quant NAME")
+        if slicing.size is not None and len(texts) > 1:
+            raise UsageError(f"--size for {len(texts)} quantizations", fix="name one, or use --params")
+        opened = read_source(
+            source,
+            revision=revision,
+            weights=not wanted.dry_run,
+            adapters=adapter or (),
+            adapter_scale=adapter_scale,
+            show_progress=not wanted.quiet,
+        )
+        return opened if take is None else take(opened, texts[0])
+
+    write_or_show(read, wanted)

@@ -53,8 +53,20 @@ def _print(difference: Difference) -> None:
     elif difference.same_content:
         say(f"the same content ({what}), laid out in another way")
     else:
-        counts = (("keys", difference.keys), ("tensors", difference.tensors))
-        say("different: " + ", ".join(f"{len(found)} {word}" for word, found in counts if found))
+        say("different: " + ", ".join(filter(None, (_keys_count(difference), _tensors_count(difference)))))
+
+
+def _keys_count(difference: Difference) -> str:
+    return f"{len(difference.keys)} keys" if difference.keys else ""
+
+
+def _tensors_count(difference: Difference) -> str:
+    """How equal the weights are: of a slice and the model that it should be, nothing else matters."""
+    if not difference.tensors:
+        return f"values of all {difference.n_tensors} tensors the same" if difference.with_data else ""
+    errors = [change.error for change in difference.tensors if change.error is not None]
+    largest = f", relative errors up to {max(errors):.3g}" if errors else ""
+    return f"{len(difference.tensors)} of {difference.n_tensors} tensors{largest}"
 
 
 def _print_lines(title: str, lines: list[str]) -> None:
@@ -97,6 +109,7 @@ def _as_json(difference: Difference) -> dict[str, Any]:
         "equal": difference.equal,
         "same_content": difference.same_content,
         "with_data": difference.with_data,
+        "n_tensors": difference.n_tensors,
         "keys": [
             {
                 "name": change.name,

@@ -84,10 +84,14 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 
 
 def measure(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a Hub id like google/gemma-3n-E4B-it.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, a training's folder, or a Hub id like google/gemma-3n-E4B-it.")
+    ],
     text: Annotated[list[Path], typer.Option("--text", help="A UTF-8 text file; repeatable, read as one text.")],
     output: Output = Path("imatrix.gguf"),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    adapter: options.Adapters = None,
+    adapter_scale: options.AdapterScale = 1.0,
     ctx: Annotated[int, typer.Option(min=MIN_CTX, help="Tokens of a chunk.")] = N_CTX,
     chunks: Annotated[int | None, typer.Option(min=1, help="Chunks to read.", show_default="all")] = None,
     from_chunk: Annotated[int, typer.Option(min=0, help="Skip this many chunks at the start of the text.")] = 0,
@@ -132,10 +136,18 @@ def measure(
     _check_ctx(earlier, ctx)
     read_texts(text)
     check_device(device, dtype)
-    checkpoint = open_checkpoint(read_source(source, revision=revision, show_progress=not quiet))
+    checkpoint = open_checkpoint(
+        read_source(
+            source, revision=revision, adapters=adapter or (), adapter_scale=adapter_scale, show_progress=not quiet
+        )
+    )
+    for said in checkpoint.notices:
+        print_note("note", said, quiet=quiet)
     check_not_input(output, *checkpoint.files)
     if correlations is not None:
         check_not_input(beside, *checkpoint.files)
+    for notice in checkpoint.notices:
+        print_note("note", notice, quiet=quiet)
     if earlier:
         part = text_part(checkpoint)
         for imatrix in earlier:

@@ -209,6 +209,7 @@ def _as_json(gguf: GGUFFile, wanted: Sequence[str], globs: Sequence[str], span: 
         "header_bytes": gguf.header_bytes,
         "architecture": summary.architecture(gguf),
         "encoders": dict(summary.encoder_facts(gguf)) or None,
+        "adapter": dict(summary.adapter_facts(gguf)) or None,
         "n_weights": gguf.n_weights,
         "bits_per_weight": round(gguf.bits_per_weight, 4),
         "types": {

@@ -51,6 +51,11 @@ Like = Annotated[
         help="Give each tensor the type it has in this GGUF file: a path, https URL or org/repo:QUANT; repeatable."
     ),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="A PEFT adapter to merge into the checkpoint: a directory or a Hub id; repeatable, in order."),
+]
+AdapterScale = Annotated[float, typer.Option(metavar="X", help="How much of what adapters add is added.")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="A .gguf file or a directory.", show_default="./NAME-TYPE.gguf"),
@@ -80,6 +85,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and writ
 Json = Annotated[bool, typer.Option("--json", help="One JSON result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and results.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Manifest = Annotated[
+    bool,
+    typer.Option("--manifest", help="Write a manifest beside each file: what it was made of, for `gguf3n verify`."),
+]
 Validate = Annotated[bool, typer.Option("--validate", help="Compare what was written with its source.")]
 Stages = Annotated[
     str | None,

@@ -23,4 +23,4 @@ def quantize(
     kinds = [PartKind.TEXT] if wanted.quant or wanted.like else []
     if wanted.mmproj:
         kinds.append(PartKind.MMPROJ)
-    write_or_show(lambda: read_gguf(source, allow_requantize=allow_requantize, kinds=kinds), wanted)
+    write_or_show(lambda _: read_gguf(source, allow_requantize=allow_requantize, kinds=kinds), wanted)

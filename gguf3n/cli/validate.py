@@ -34,6 +34,8 @@ def validate(
     ],
     stages: options.Stages = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    adapter: options.Adapters = None,
+    adapter_scale: options.AdapterScale = 1.0,
     text: Annotated[Path | None, typer.Option(help="A text for the logits.", show_default="a built-in one")] = None,
     tokens: Annotated[
         int, typer.Option(min=MIN_TOKENS, help="How many of its tokens; half of them are scored.")
@@ -96,7 +98,9 @@ def validate(
         threads=threads,
         force=force,
     )
-    source = read_reference(reference, revision=revision, show_progress=not quiet)
+    source = read_reference(
+        reference, revision=revision, adapters=adapter or (), adapter_scale=adapter_scale, show_progress=not quiet
+    )
     candidate = Candidate(file)
     part = part_for(candidate, source)
     for notice in part.notices:

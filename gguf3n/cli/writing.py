@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +16,33 @@ from gguf3n.cli.lint import SHOWN
 from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
-from gguf3n.conversion import Conversion, ConversionOptions, output_paths, parse_options, plan_all, plan_files, write
+from gguf3n.conversion import (
+    Conversion,
+    ConversionOptions,
+    output_paths,
+    parse_options,
+    plan_all,
+    plan_files,
+    write_files,
+)
 from gguf3n.engines.vision_reference import check_packages
 from gguf3n.errors import FindingsError, UsageError
+from gguf3n.formats.whole_file import check_not_input, check_output, make_directory
 from gguf3n.gemma3n.part import PartKind
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.inspection.lint import Finding
 from gguf3n.planning import Plan, make_plan
+from gguf3n.publishing.manifest import check_recordable, make_manifest, manifest_path, record_source, write_manifest
 from gguf3n.recipes import For, find_recipe
-from gguf3n.validation.candidate import Candidate
 from gguf3n.validation.logits import check_fits
 from gguf3n.validation.options import ValidationOptions, parse_validation
 from gguf3n.validation.report import check_report, write_report
 from gguf3n.validation.result import Stage, Verdict
 from gguf3n.validation.stages import check_extra
-from gguf3n.validation.validate import Validation, run_stages
+from gguf3n.validation.validate import Validation, run_all
 from gguf3n.validation.vision import made_bytes
+
+SCHEMA = "gguf3n.convert/1"
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Writing:
     against: options.Against = None
     threads: options.Threads = None
     dry_run: options.DryRun = False
+    manifest: options.Manifest = False
     validate: options.Validate = False
     stages: options.Stages = None
     report: options.Report = None
@@ -93,7 +105,7 @@ class Writing:
         return parse_validation(self.stages, threads=self.threads)
 
 
-def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
+def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) -> None:
     """Write the files and validate them, or print what would be written.
 
     Args:
@@ -101,7 +113,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
     """
     validation = wanted.validation()
     conversion = wanted.conversion()
-    source = read()
+    source = read(conversion)
     if validation is not None:
         validation = replace(validation, imatrix=conversion.imatrix, correlations=conversion.correlations)
         check_extra(source, validation, validation.stages)
@@ -116,32 +128,44 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         if len(conversion.recipes) > 1:
             raise UsageError(f"one report for {len(conversion.recipes)} files", fix="validate them one by one")
         check_report(wanted.report, force=wanted.force)
+    if wanted.manifest and wanted.dry_run:
+        raise UsageError("--manifest with --dry-run, which writes nothing to describe")
+    if wanted.manifest:
+        check_recordable(source, conversion)
     plans = plan_files(source, conversion)
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
         print_note("note", notice, quiet=wanted.quiet)
-    _print_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
-    result: dict[str, Any] = {"source": source.origin, "notices": notices}
+    tell_findings(list(dict.fromkeys(finding for each in plans for finding in each.findings)), quiet=wanted.quiet)
+    result: dict[str, Any] = {"schema": SCHEMA, "source": source.origin, "notices": notices}
     if wanted.dry_run:
         _show(plans, conversion, wanted, result)
         return
+    manifests = _manifest_paths(plans, conversion) if wanted.manifest else []
     with progress_bar(quiet=wanted.quiet) as progress:
-        written = write(
-            plans,
-            conversion.output,
-            inputs=conversion.inputs,
-            threads=conversion.threads,
-            force=conversion.force,
-            progress=progress,
-        )
+        written = write_files(plans, conversion, progress)
+    if manifests:
+        recorded = record_source(source)
+        for each, path in zip(written, manifests, strict=True):
+            manifest = make_manifest(each, conversion, recorded, ["gguf3n", *sys.argv[1:]])
+            write_manifest(manifest, path, force=conversion.force)
     if not wanted.json:
-        _print_written(written)
-    validations = [] if validation is None else _validated(written, validation, quiet=wanted.quiet)
+        print_written(written)
+    validations: list[Validation] = []
+    if validation is not None:
+        validations += run_all(
+            [(each.path, each.plan.part) for each in written],
+            validation,
+            watch=lambda: progress_bar(quiet=wanted.quiet),
+            notice=lambda text: print_note("note", text, quiet=wanted.quiet),
+        )
     if wanted.report is not None:
         write_report(validations[0], wanted.report, force=wanted.force)
     if wanted.json:
         result["seconds"] = round(written[0].seconds, 3)
-        result["outputs"] = [_plan_json(each.plan, each.path, with_tensors=False) for each in written]
+        result["outputs"] = [plan_json(each.plan, each.path, with_tensors=False) for each in written]
+        for entry, path in zip(result["outputs"], manifests, strict=False):
+            entry["manifest"] = str(path)
         for entry, found in zip(result["outputs"], validations, strict=False):
             entry["validation"] = validation_json(found)
         print_json(result)
@@ -152,7 +176,7 @@ def write_or_show(read: Callable[[], Source], wanted: Writing) -> None:
         raise typer.Exit(FindingsError.exit_code)
 
 
-def _print_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
+def tell_findings(findings: Sequence[Finding], *, quiet: bool) -> None:
     """What lint will say of the files."""
     for check in dict.fromkeys(finding.check for finding in findings):
         found = [finding.notice for finding in findings if finding.check is check]
@@ -169,15 +193,25 @@ def _show(plans: Sequence[Plan], conversion: ConversionOptions, wanted: Writing,
     if wanted.against is not None:
         kind = plans[0].part.kind  # the text model's files come first
         others = [_other_plan(each, wanted.against, conversion) if each.part.kind is kind else None for each in plans]
-    paths = output_paths([each.part.file_name(each.recipe.name) for each in plans], conversion.output)
+    paths = output_paths([each.file_name for each in plans], conversion.output)
     if wanted.json:
         result["outputs"] = [
-            _plan_json(each, path, against=other) for each, path, other in zip(plans, paths, others, strict=True)
+            plan_json(each, path, against=other) for each, path, other in zip(plans, paths, others, strict=True)
         ]
         print_json(result)
         return
     for each, path, other in zip(plans, paths, others, strict=True):
-        _print_plan(each, path, other)
+        print_plan(each, path, other)
+
+
+def _manifest_paths(plans: Sequence[Plan], conversion: ConversionOptions) -> list[Path]:
+    """Where the manifests will stand. Raises: OutputError where one can't, before any work."""
+    paths = [manifest_path(path) for path in output_paths([each.file_name for each in plans], conversion.output)]
+    for path in paths:
+        make_directory(path.parent)
+        check_not_input(path, *conversion.inputs)
+        check_output(path, force=conversion.force)
+    return paths
 
 
 def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan:
@@ -186,33 +220,6 @@ def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan
     if plan.part.kind is PartKind.TEXT:
         return plan_all(plan.part, [recipe], conversion.imatrix, conversion.correlations)[0]
     return make_plan(plan.part, recipe)
-
-
-def _validated(written: Sequence[Conversion], validation: ValidationOptions, *, quiet: bool) -> list[Validation]:
-    """Validate files of one source; the reference model is run once for all."""
-    validations: list[Validation] = []
-    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
-        kept = Path(folder, "reference.safetensors") if len(written) > 1 and Stage.LOGITS in validation.stages else None
-        texts = [each.path for each in written if each.plan.part.kind is PartKind.TEXT]
-        for each in written:
-            is_there = kept is not None and kept.exists()
-            chosen = replace(
-                validation,
-                save_reference=None if is_there else kept,
-                use_reference=kept if is_there else None,
-                text_model=texts[0] if texts else None,
-            )
-            with progress_bar(quiet=quiet) as progress:
-                validations.append(
-                    run_stages(
-                        Candidate(each.path),
-                        each.plan.part,
-                        chosen,
-                        progress=progress,
-                        notice=lambda text: print_note("note", text, quiet=quiet),
-                    )
-                )
-    return validations
 
 
 def _type_counts(plan: Plan) -> str:
@@ -225,7 +232,7 @@ def _refined(plan: Plan) -> str:
     return f"refined: {n_rows:,} rows of {len(plan.refined)} tensors"
 
 
-def _print_written(written: Sequence[Conversion]) -> None:
+def print_written(written: Sequence[Conversion]) -> None:
     for conversion in written:
         plan = conversion.plan
         say(str(conversion.path))
@@ -235,7 +242,7 @@ def _print_written(written: Sequence[Conversion]) -> None:
     say(f"{written[0].seconds:.1f} s")
 
 
-def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
+def print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
     reasons = list(dict.fromkeys((tensor.rule, tensor.reason) for tensor in plan.tensors))
     rows = [("tensor", "shape", "type", "size", "why", "" if against is None else against.recipe.name)]
     for tensor, other in zip(plan.tensors, plan.tensors if against is None else against.tensors, strict=True):
@@ -261,7 +268,7 @@ def _print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
         )
 
 
-def _plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Plan | None = None) -> dict[str, Any]:
+def plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Plan | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "path": str(path),
         "quant": plan.recipe.name,

@@ -168,25 +168,12 @@ def measure_chunks(
     Raises: UsageError: a text that is too short, too little memory, or an option that can't be used. SourceError: a
         text that can't be read. QuantizationError: activations that are not finite. What Reference raises.
     """
-    if n_ctx < MIN_CTX:
-        raise UsageError(f"chunks of {n_ctx} tokens", expected=f"{MIN_CTX} or more")
-    if n_chunks is not None and n_chunks < 1:
-        raise UsageError(f"{n_chunks} chunks", expected="1 or more")
+    check_chunks(n_ctx, n_chunks)
     if correlations not in (None, *WIDTHS):
         raise UsageError(f"correlations {correlations!r}", expected=" or ".join(WIDTHS))
     check_device(device, dtype)
     checkpoint = open_checkpoint(source)
-    with closing(open_reference(checkpoint)) as tokenizer:
-        tokens = tokenizer.encode(read_texts(texts), special=special)
-    available = len(tokens) // n_ctx - first_chunk
-    if available < 1:
-        raise UsageError(
-            f"{', '.join(map(str, texts))}: not enough text",
-            expected=f"{(first_chunk + 1) * n_ctx:,} tokens or more, for chunk {first_chunk} of {n_ctx}",
-            found=f"{len(tokens):,} tokens",
-            fix="give more text, or smaller chunks with --ctx",
-        )
-    n_chunks = available if n_chunks is None else min(n_chunks, available)
+    tokens, n_chunks = read_tokens(checkpoint, texts, n_ctx, n_chunks, first_chunk, special=special)
     whole = correlations == FULL
     need = reference_need(checkpoint, dtype, n_ctx)
     if correlations is not None:
@@ -223,6 +210,34 @@ def measure_chunks(
                 counts=counts,
                 correlations=None if correlations is None else _correlations(products, counts, texts, n_ctx),
             )
+
+
+def check_chunks(n_ctx: int, n_chunks: int | None) -> None:
+    """Raises: UsageError for chunks that there can't be."""
+    if n_ctx < MIN_CTX:
+        raise UsageError(f"chunks of {n_ctx} tokens", expected=f"{MIN_CTX} or more")
+    if n_chunks is not None and n_chunks < 1:
+        raise UsageError(f"{n_chunks} chunks", expected="1 or more")
+
+
+def read_tokens(
+    source: Source, texts: Sequence[str | Path], n_ctx: int, n_chunks: int | None, first_chunk: int, *, special: bool
+) -> tuple[list[int], int]:
+    """All tokens of texts, and how many chunks of them are to be read.
+
+    Raises: UsageError for too little text; SourceError for a text that can't be read.
+    """
+    with closing(open_reference(source)) as tokenizer:
+        tokens = tokenizer.encode(read_texts(texts), special=special)
+    available = len(tokens) // n_ctx - first_chunk
+    if available < 1:
+        raise UsageError(
+            f"{', '.join(map(str, texts))}: not enough text",
+            expected=f"{(first_chunk + 1) * n_ctx:,} tokens or more, for chunk {first_chunk} of {n_ctx}",
+            found=f"{len(tokens):,} tokens",
+            fix="give more text, or smaller chunks with --ctx",
+        )
+    return tokens, available if n_chunks is None else min(n_chunks, available)
 
 
 def read_texts(texts: Sequence[str | Path]) -> str:

@@ -7,7 +7,7 @@ the logits a few positions at a time: what is in memory depends on the vocabular
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.engines.devices import check_words
 from gguf3n.engines.reference_tokenizers import load_tokenizer, open_reference
 from gguf3n.engines.torchvision_operators import declare_operators
 from gguf3n.errors import CheckpointError, ConfigError, UsageError
-from gguf3n.gemma3n.names import TEXT_PREFIX
-from gguf3n.gemma3n.source import Source, open_checkpoint
+from gguf3n.formats.rows import RowReader, chunks
+from gguf3n.gemma3n.mmproj import ENCODER_NAMES
+from gguf3n.gemma3n.names import TEXT_PREFIX, bare_name
+from gguf3n.gemma3n.source import Checkpoint, Source, open_checkpoint
 
 _TEXT_NAMES = {TEXT_PREFIX.pattern: "model."}
 """Every way in which the text model's tensors are named, to the one that Gemma3nForCausalLM uses."""
-
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("float32", "bfloat16")
 
 HEAD_POSITIONS = 32
 """Positions whose logits are in memory at once: 34 MB in float32 at 262,400 tokens."""
@@ -38,7 +38,7 @@ class Reference:
     """A checkpoint that transformers has loaded; only its text model, whatever else it holds.
 
     Args:
-        source: a checkpoint directory, or one that is open.
+        source: a checkpoint directory, or one that is open; also a slice, whose padding is left out.
         device: "cpu", "cuda", or "auto": CUDA where there is one.
         dtype: what the weights are taken to and the layers computed in, "float32" or "bfloat16".
 
@@ -55,7 +55,7 @@ class Reference:
         import transformers
 
         self._torch = torch
-        self.source = open_checkpoint(source)
+        self.source = open_checkpoint(source).unpadded
         self.directory = self.source.path
         self.dtype = dtype
         text = self.source.raw_config.get("text_config", self.source.raw_config)
@@ -67,10 +67,11 @@ class Reference:
             )
         model = load_model(
             transformers.Gemma3nForCausalLM,
-            self.directory,
+            self.source,
             config=transformers.Gemma3nTextConfig(**text),
-            dtype=getattr(torch, dtype),
             key_mapping=_TEXT_NAMES,
+            dtype=getattr(torch, dtype),
+            left_out=ENCODER_NAMES,
         )
         with device_memory(self.device, self.dtype):
             self._model = model.to(self.device)
@@ -197,20 +198,41 @@ def device_memory(device: str, dtype: str) -> Iterator[None]:
         ) from error
 
 
-def load_model(kind: Any, directory: Path, **options: Any) -> Any:
+def load_model(
+    kind: Any,
+    source: Checkpoint,
+    key_mapping: Mapping[str, str],
+    *,
+    dtype: Any,
+    left_out: tuple[str, ...],
+    **options: Any,
+) -> Any:
     """A model of a class of transformers, complete, to compute with; nothing is printed meanwhile.
+
+    Args:
+        key_mapping: how tensors are called in the model: patterns of what stands before a name, and what does there.
+        left_out: how the names of tensors begin that the model does not have.
 
     Raises: CheckpointError: tensors are missing.
     """
     import transformers
 
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.path}
+    if not source.as_it_stands:
+        where = {"pretrained_model_name_or_path": None, "state_dict": _weights(source, dtype, left_out)}
     shown = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = kind.from_pretrained(
-            directory, attn_implementation="eager", local_files_only=True, output_loading_info=True, **options
+            **where,
+            key_mapping=dict(key_mapping),
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     finally:
         transformers.logging.set_verbosity(shown)
@@ -218,8 +240,29 @@ def load_model(kind: Any, directory: Path, **options: Any) -> Any:
             transformers.utils.logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
-        raise CheckpointError(f"{directory}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
+        raise CheckpointError(f"{source.path}: {len(missing)} tensors are missing", found=", ".join(missing[:5]))
     return model.eval()
+
+
+def _weights(source: Checkpoint, dtype: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
+    """The tensors of a source whose files transformers can't read, or that are others than its files have."""
+    import torch
+
+    weights = {}
+    with closing(RowReader()) as reader:
+        for name, tensor in source.tensors.items():
+            if bare_name(name).startswith(left_out):
+                continue
+            weights[name] = torch.empty(tensor.shape, dtype=dtype)
+            into, first = weights[name].view(-1, *(tensor.shape[-1:] or (1,))), 0
+            for rows in tensor.rows:
+                for chunk in chunks(rows):
+                    values = np.empty((chunk.n_rows, rows.n_per_row), np.float32)
+                    reader.fill(rows, chunk.first, values)
+                    into[first : first + chunk.n_rows] = torch.from_numpy(values)
+                    first += chunk.n_rows
+        reader.check_unchanged()
+    return weights
 
 
 def check_device(device: str, dtype: str) -> str:
@@ -227,6 +270,7 @@ def check_device(device: str, dtype: str) -> str:
 
     Raises: UsageError: no torch or no transformers, no such device or dtype.
     """
+    check_words(device, dtype)
     try:
         import torch
         import transformers  # noqa: F401
@@ -235,10 +279,6 @@ def check_device(device: str, dtype: str) -> str:
             f"the reference cannot be run: no module {error.name}", fix="pip install 'gguf3n[validate]'"
         ) from error
     declare_operators()
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}", expected=" or ".join(DTYPES))
-    if device not in DEVICES:
-        raise UsageError(f"device {device!r}", expected=" or ".join(DEVICES))
     has_cuda = bool(torch.cuda.is_available())
     if device == "cuda" and not has_cuda:
         raise UsageError("device cuda: torch finds none here", fix="--device cpu, or a torch that is built for CUDA")

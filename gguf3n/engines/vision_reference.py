@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from gguf3n.engines.reference import check_device, device_memory, load_model
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import ConfigError, UsageError
 from gguf3n.gemma3n.encoders import N_IMAGE_TOKENS, ImageTokens, read_image_tokens
+from gguf3n.gemma3n.mmproj import AUDIO_NAMES
 from gguf3n.gemma3n.names import ENCODER_PREFIX, TEXT_PREFIX
 from gguf3n.gemma3n.source import Checkpoint
 
@@ -77,7 +78,7 @@ class VisionReference:
         import transformers
 
         self._torch = torch
-        self.source = source
+        self.source = source = source.unpadded
         raw = source.raw_config
         if raw.get("model_type") != "gemma3n" or "vision_config" not in raw:
             raise ConfigError(
@@ -88,10 +89,11 @@ class VisionReference:
         config.audio_config.conf_num_hidden_layers = 0  # nothing is heard here
         model = load_model(
             _without_audio(transformers.Gemma3nForConditionalGeneration),
-            source.path,
+            source,
             config=config,
-            dtype=getattr(torch, dtype),
             key_mapping=_NAMES,
+            dtype=getattr(torch, dtype),
+            left_out=AUDIO_NAMES,
         )
         self._memory = partial(device_memory, self.device, dtype)
         with self._memory():
@@ -135,14 +137,14 @@ class VisionReference:
             found = self._model.model.get_image_features(image.to(self.device, self._model.dtype))
         return Seen(found.pooler_output[0])
 
-    def token_ids(self, before: str, after: str) -> list[int]:
-        """The ids of a prompt with a picture between two texts."""
+    def prompts(self, before: str, afters: Iterable[str]) -> list[list[int]]:
+        """The ids of prompts with a picture between a text and each of others."""
         tokens = self._tokens
-        with closing(open_reference(self.source)) as tokenizer:
-            head, tail = tokenizer.encode(before), tokenizer.encode(after)
-            tail = tail[tail[:1] == [tokenizer.bos_id] :]
         soft = [tokens.image_token_id] * tokens.vision_soft_tokens_per_image
-        return [*head, tokens.boi_token_id, *soft, tokens.eoi_token_id, *tail]
+        with closing(open_reference(self.source)) as tokenizer:
+            head = [*tokenizer.encode(before), tokens.boi_token_id, *soft, tokens.eoi_token_id]
+            tails = [tokenizer.encode(after) for after in afters]
+            return [[*head, *tail[tail[:1] == [tokenizer.bos_id] :]] for tail in tails]
 
     def logprobs(
         self, token_ids: Sequence[int], seen: Seen, positions: Sequence[int], end: EndRows | None = None

@@ -44,7 +44,12 @@ Stamp: TypeAlias = tuple[int, int, int, int]
 
 
 def stamp(path: str | Path) -> Stamp:
-    """What changes when a file is replaced or written: device, number, size and time of its last change."""
+    """What changes when a file is replaced or written: device, number, size and time of its last change.
+
+    Why no ctime: it is also that of a chmod, a second name or a rename, as backups and tidied caches make them, and
+    hours of work would be thrown away for a file whose bytes are the same; on Windows it is when the file was made.
+    All that it would add is a writer who puts the old time back.
+    """
     return _stamp(os.stat(path))
 
 

@@ -63,6 +63,9 @@ MAX_PARTS = 1000
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 """A part of a split file. Source: llama_split_path of llama.cpp."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""How the small text begins that stands in a clone where Git LFS has not fetched a file."""
+
 LITTLE_ENDIAN = "gguf-convert-endian FILE little"
 """What turns a big-endian file around; a program of the gguf package."""
 
@@ -374,6 +377,13 @@ class _Walk:
     def run(self) -> GGUFFile:
         magic = self.take(4, "the magic number")
         if magic != MAGIC:
+            if magic == LFS_POINTER[:4] and self.source.read_at(0, len(LFS_POINTER)) == LFS_POINTER:
+                raise self.error(
+                    "a Git LFS pointer, not the file that it stands for",
+                    expected="the file, which Git LFS fetches",
+                    found=f"{self.file_bytes:,} bytes of text",
+                    fix="git lfs pull; in GitHub Actions, actions/checkout with lfs: true",
+                )
             raise self.error("not a GGUF file", expected=f"the bytes {MAGIC!r} at its start", found=repr(magic))
         raw_version = self.take(4, "the version")
         if int.from_bytes(raw_version, "little") > 0xFFFF:
@@ -599,5 +609,7 @@ class _Walk:
             raise self.error(what, expected=expected, found=found)
         self.problems.append(Problem(kind, where, what, expected, found))
 
-    def error(self, what: str, *, expected: str | None = None, found: str | None = None) -> GGUFError:
-        return GGUFError(f"{self.source.name}: {what}", expected=expected, found=found)
+    def error(
+        self, what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None
+    ) -> GGUFError:
+        return GGUFError(f"{self.source.name}: {what}", expected=expected, found=found, fix=fix)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -104,6 +104,22 @@ def lay_out(keys: Sequence[KeyValue], tensors: Sequence[tuple[str, tuple[int, ..
         for (name, shape, qtype), (place, n_bytes) in zip(tensors, places, strict=True)
     )
     return Layout(header, slots, len(header) + offset)
+
+
+class Sink(Protocol):
+    """What takes the data of a file of a known layout, from several threads and in any order."""
+
+    def __enter__(self) -> Sink: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+    def write_at(self, offset: int, data: np.ndarray) -> None:
+        """Take bytes that belong at a file offset. Shapes: uint8, contiguous."""
+        ...
+
+    def commit(self) -> None:
+        """All data was given."""
+        ...
 
 
 class GGUFWriter:

@@ -28,23 +28,22 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf3n.errors import CheckpointError, Gguf3nError, HubError, OutputError
 from gguf3n.formats.checkpoint import (
-    FOREIGN_FILES,
     INDEX,
     MAX_HEADER_BYTES,
     SHARD,
     SINGLE,
     read_tensor_table,
     weight_map,
+    what_else,
 )
 from gguf3n.formats.remote import RemoteFile
-from gguf3n.formats.rows import Stored
+from gguf3n.formats.rows import SourceTensor
 from gguf3n.outside import inert, masked, one_line
 
 SMALL_FILES = (
@@ -64,6 +63,9 @@ SMALL_FILES = (
     "quantize_config.json",
 )
 """What is fetched beside the weights; the last two only tell an adapter or a quantized checkpoint by name."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT saves of an adapter, in the order in which they are fetched."""
 
 HEADER_REQUEST_BYTES = 256 * 1024
 """The first request for a safetensors header; Gemma 3n's headers are smaller, so one request a shard is enough."""
@@ -143,7 +145,7 @@ def fetch_checkpoint(
     if not from_cache and not _weight_files(names):
         raise _no_safetensors(repo_id, names)
 
-    with _progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
+    with progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
 
         def fetch(name: str) -> None:
             with _explained(repo_id, revision, name, unreachable):
@@ -186,7 +188,31 @@ def fetch_checkpoint(
     return FetchedCheckpoint(directory, repo_id, revision, commit, tuple(weight_files), from_cache)
 
 
-def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, Stored]:
+def fetch_adapter(
+    repo_id: str, revision: str | None = None, *, token: str | bool | None = None, progress: bool = True
+) -> Path:
+    """The directory of an adapter's files, downloaded unless they are in the cache. Arguments: as `fetch_checkpoint`.
+
+    Raises: HubError; OutputError if the cache cannot be written.
+    """
+    revision = revision or "main"
+    names, commit, unreachable = _list_files(repo_id, revision, token)
+    from_cache = unreachable is not None
+    if not from_cache and not set(ADAPTER_FILES) <= set(names):
+        raise HubError(
+            f"{repo_id}: no adapter at the top of the repository",
+            expected=" and ".join(ADAPTER_FILES),
+            found=_few([name for name in names if not name.startswith(".git")]) or "no files",
+            fix="download the directory that holds it, and name that",
+        )
+    with progress_bars(progress), _checked_downloads(repo_id, commit, token) as download:
+        for name in ADAPTER_FILES:
+            with _explained(repo_id, revision, name, unreachable):
+                directory = download(name, revision, from_cache=from_cache).parent
+    return directory
+
+
+def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | None = None) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint whose weights may still be on the Hub; only the headers are fetched.
 
     Exact: equal to `read_tensor_table` of the directory once the weights are there. Each shard is imitated by a file of
@@ -206,14 +232,10 @@ def fetch_tensor_table(checkpoint: FetchedCheckpoint, *, token: str | bool | Non
         if SINGLE not in checkpoint.weights and (checkpoint.directory / INDEX).is_file():
             shutil.copyfile(checkpoint.directory / INDEX, Path(folder, INDEX))
         try:
-            table = read_tensor_table(Path(folder))
+            return read_tensor_table(Path(folder), kept_in=checkpoint.directory)
         except CheckpointError as error:
             what = error.what.replace(folder, checkpoint.repo_id)
             raise CheckpointError(what, expected=error.expected, found=error.found, fix=error.fix) from error
-    return {
-        name: replace(tensor, file=checkpoint.directory / Path(tensor.file_name).name, stamp=None)
-        for name, tensor in table.items()
-    }
 
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> list[str]:
@@ -270,7 +292,7 @@ def _list_files(repo_id: str, revision: str, token: str | bool | None) -> tuple[
             repo_id, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
     except Exception as error:
-        status = _status(error)
+        status = status_of(error)
         if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status != 429):
             raise _explain(error, repo_id, revision, None) from error
         return [], "", error
@@ -329,7 +351,7 @@ class _Download:
             expected = f"{metadata.size:,} bytes"
         else:
             try:
-                digest = _digest(path, is_sha256=len(metadata.etag) == 64)
+                digest = file_hash(path, is_sha256=len(metadata.etag) == 64)
             except BaseException:
                 path.unlink()  # a name in the cache is for what was checked; the bytes stay
                 raise
@@ -348,7 +370,7 @@ class _Download:
             )
 
 
-def _digest(path: Path, *, is_sha256: bool) -> str:
+def file_hash(path: Path, *, is_sha256: bool) -> str:
     """The hash by which the Hub names a file: SHA-256 of a large one, git's of the others."""
     if is_sha256:
         digest = hashlib.sha256()
@@ -419,10 +441,10 @@ def _weight_files(names: list[str]) -> list[str]:
 
 def _no_safetensors(repo_id: str, names: list[str]) -> HubError:
     expected = f"{SINGLE}, or shards with {INDEX}"
-    for pattern, what, fix in FOREIGN_FILES:
-        matches = [name for name in names if fnmatch(name, pattern)]
-        if matches:
-            return HubError(f"{repo_id}: {what}", expected=expected, found=_few(matches), fix=fix)
+    known = what_else(Path("DIR"), names)  # where they are once they are downloaded
+    if known is not None:
+        what, found, fix = known
+        return HubError(f"{repo_id}: {what}", expected=expected, found=_few(found), fix=fix)
     return HubError(
         f"{repo_id}: no safetensors checkpoint at the top of the repository",
         expected=expected,
@@ -437,7 +459,7 @@ def _few(names: list[str], n_shown: int = 5) -> str:
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
+def progress_bars(show: bool) -> Iterator[None]:
     """Hides huggingface_hub's progress bars unless `show`; its environment variable has the last word."""
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -473,11 +495,11 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    causes = _causes(error)
+    causes = causes_of(error)
     page = f"https://huggingface.co/{repo_id}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    status = next((code for code in map(_status, causes) if code is not None), None)
-    found = _found(causes)
+    status = next((code for code in map(status_of, causes) if code is not None), None)
+    found = found_in(causes)
 
     def any_is(*classes: type[BaseException]) -> bool:
         return any(isinstance(cause, classes) for cause in causes)
@@ -548,7 +570,7 @@ def _explain(error: Exception, repo_id: str, revision: str, doing: str | None) -
     )
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
+def causes_of(error: BaseException | None) -> list[BaseException]:
     """The error and what it was raised from."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
@@ -557,7 +579,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return causes
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status of an answer of the Hub."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
@@ -567,10 +589,10 @@ def _no_space(error: BaseException) -> bool:
     return "no space left" in str(error).lower()
 
 
-def _found(causes: list[BaseException]) -> str:
+def found_in(causes: list[BaseException]) -> str:
     """One line on what happened: the Hub's own words if it answered, else those of the first error with a cause."""
     for cause in causes:
-        status = _status(cause)
+        status = status_of(cause)
         if status is not None:
             text = f"HTTP {status}: {getattr(cause, 'server_message', None) or str(cause)}"
             break

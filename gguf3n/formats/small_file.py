@@ -17,8 +17,8 @@ from gguf3n.errors import CheckpointError, ConfigError, Gguf3nError, SourceError
 
 MIB = 1 << 20
 
-MAX_RECIPE_BYTES = MIB // 16
-"""The largest preset has 4 KB; one extracted from a file has a rule for each of its mixtures."""
+MAX_RECIPE_BYTES = MIB // 4
+"""The largest preset has 4 KB; a tuned one has a rule and a reason for each matrix, 287 of E4B's."""
 MAX_TEXT_BYTES = 256 * MIB
 """Of texts to measure on or to compare with; calibration texts have a few megabytes."""
 MAX_VALUE_BYTES = 16 * MIB
@@ -33,6 +33,7 @@ million."""
 
 CHECKPOINT_FILES: Mapping[str, tuple[int, type[SourceError]]] = {
     "config.json": (MIB, ConfigError),
+    "adapter_config.json": (MIB, ConfigError),
     "generation_config.json": (MIB, ConfigError),
     "preprocessor_config.json": (MIB, ConfigError),
     "processor_config.json": (MIB, ConfigError),
@@ -150,7 +151,7 @@ def check_checkpoint_files(directory: Path) -> None:
     for name, (max_bytes, error) in CHECKPOINT_FILES.items():
         if is_there(directory / name, error):
             check_small(directory / name, max_bytes, error)
-    templates = [path for path in _entries(directory / MORE_TEMPLATES) if path.suffix == ".jinja"]
+    templates = _more_templates(directory)
     if len(templates) > MAX_MORE_TEMPLATES:
         raise TokenizerError(
             f"{directory / MORE_TEMPLATES}: too many chat templates",
@@ -159,6 +160,26 @@ def check_checkpoint_files(directory: Path) -> None:
         )
     for path in templates:
         check_small(path, *CHECKPOINT_FILES["chat_template.jinja"])
+
+
+def read_checkpoint_files(directory: Path) -> dict[str, bytes]:
+    """All small files of a checkpoint, by name; what is not in the tables is not read.
+
+    Raises: the error that CHECKPOINT_FILES has for a file that can't be read; TokenizerError for a template.
+    """
+    check_checkpoint_files(directory)
+    files = {
+        name: read_checkpoint_file(directory / name)
+        for name, (_, error) in CHECKPOINT_FILES.items()
+        if is_there(directory / name, error)
+    }
+    for path in _more_templates(directory):
+        files[f"{MORE_TEMPLATES}/{path.name}"] = read_small(path, *CHECKPOINT_FILES["chat_template.jinja"])
+    return files
+
+
+def _more_templates(directory: Path) -> list[Path]:
+    return [path for path in _entries(directory / MORE_TEMPLATES) if path.suffix == ".jinja"]
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -85,7 +85,7 @@ class WholeFile:
         finally:
             self.discard()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append."""
         try:
             self.n_written += self._file.write(data)
@@ -221,6 +221,15 @@ def _synced_directory(directory: Path) -> Iterator[None]:
                 raise
     finally:
         os.close(descriptor)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a complete file another name on the same disk; what stood there is replaced. Raises: OutputError."""
+    try:
+        with _synced_directory(target.parent):
+            os.replace(path, target)
+    except OSError as error:
+        raise output_error(target, error) from error
 
 
 def write_whole(path: str | Path, data: bytes | str, *, force: bool) -> None:

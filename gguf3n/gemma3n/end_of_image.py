@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf3n.errors import ConfigError, MappingError, SourceError
-from gguf3n.formats.rows import Repeated, RowReader, Rows, SourceTensor, Values, Zeros, cut, largest_magnitude
+from gguf3n.formats.rows import Repeated, RowReader, Rows, SourceTensor, Stored, Values, Zeros, cut, largest_magnitude
 from gguf3n.gemma3n.encoders import read_image_tokens
 from gguf3n.gemma3n.mapping import MappedTensor
 from gguf3n.gemma3n.mmproj import VISION_NAMES
@@ -71,6 +71,10 @@ class HardEmbedding:
     @property
     def origin(self) -> str:
         return self.table.origin
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return *self.table.stored, *self.norm.stored, *self.projection.stored
 
     def fill(self, reader: RowReader, first: int, out: Values) -> float:
         own = _read(reader, self.table, self.row, 1)[0]
@@ -174,7 +178,8 @@ def _with_row(tensor: MappedTensor, index: int, row: HardEmbedding) -> MappedTen
             mended.append(rows)
             plain.append(rows)
             continue
-        before, own, after = cut(rows, 0, at), cut(rows, at, 1), cut(rows, at + 1, rows.n_rows - at - 1)
+        places = range(at), range(at, at + 1), range(at + 1, rows.n_rows)
+        before, own, after = (cut(rows, place) for place in places)
         mended += [piece for piece in (before, row, after) if piece.n_rows]
         plain += [piece for piece in (before, own, after) if piece.n_rows]
     return replace(tensor, rows=tuple(mended), plain_rows=tuple(plain))

@@ -10,6 +10,7 @@ from gguf.constants import Keys
 from gguf3n.errors import MappingError, SourceError
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFFile
+from gguf3n.gemma3n.lora import check_no_adapter
 from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.text import ARCH, written_order
 
@@ -17,12 +18,13 @@ from gguf3n.gemma3n.text import ARCH, written_order
 def types_by_storage(gguf: GGUFFile, origin: str) -> Mapping[Storage, Mapping[str, QType]]:
     """Tensor -> type, apart for those that are quantized and those that are kept.
 
-    Raises: SourceError for another model; MappingError for a tensor that is missing.
+    Raises: SourceError for another model or an adapter; MappingError for a tensor that is missing.
     """
     key = gguf.keys.get(Keys.General.ARCHITECTURE)
     if key is None or key.value != ARCH:
         found = "none" if key is None else str(key.value)
         raise SourceError(f"{origin}: not a Gemma 3n", expected=f"general.architecture {ARCH}", found=found)
+    check_no_adapter(gguf)
     bids = [int(match[1]) for match in (re.match(r"blk\.(\d+)\.", name) for name in gguf.tensors) if match]
     if not bids:
         raise MappingError(f"{origin}: no layers", expected="tensors such as blk.0.attn_q.weight")

@@ -185,7 +185,7 @@ class TensorMap:
 
 
 FOREIGN: tuple[tuple[str, str, str], ...] = (
-    (r".*\.lora_[AB]\..*", "LoRA matrices, not a merged model", "merge the adapter into its base model and save that"),
+    (r".*\.lora_[AB]\..*", "LoRA matrices, not a merged model", "merge the adapter: gguf3n convert BASE --adapter DIR"),
     (r".*\.base_layer\.weight", "a PEFT model with its adapters unmerged", "save model.merge_and_unload() instead"),
     (
         r".*\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\..*|SCB|weight_format|weight_scale(_inv)?)",
@@ -200,7 +200,7 @@ MAX_GROWTH = 2
 """Rows of a padded tensor for each that the source has; the published sizes add 256 to 262,144. What config.json claims
 must not decide how large a file becomes."""
 
-TOGETHER = "check that config.json and the safetensors files belong together"
+TOGETHER = "check that config.json and the safetensors files belong together, and that all of them are there"
 
 
 def map_tensors(table: Table, source: Mapping[str, SourceTensor], origin: str) -> TensorMap:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,19 @@ MAX_FRONT_MATTER = 1 << 17
 NAME_FIELDS = ("name", "organization", "basename", "finetune", "version", "size_label")
 """What the gguf package guesses from a directory's name; a Hub id says it better."""
 
+OF_THE_BASE = ("author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
+"""What the base of a merged or sliced model has, and that model does not: it was published by nobody."""
+
 
 def general_keys(
-    directory: Path, repo_id: str | None, arch: str, n_weights: int, kind: str = "model"
+    directory: Path,
+    repo_id: str | None,
+    arch: str,
+    n_weights: int,
+    kind: str = "model",
+    *,
+    folder: str | None = None,
+    changes: Sequence[str] = (),
 ) -> list[KeyValue]:
     """The general.* keys, from the model card, generation_config.json, config.json and the name.
 
@@ -54,6 +64,8 @@ def general_keys(
         arch: general.architecture.
         n_weights: of all tensors written, for the size label.
         kind: general.type.
+        folder: what the directory is called, where that is another name than its own.
+        changes: what was made of the directory's model, which then is the base model: names of adapters and slices.
 
     Raises: ConfigError if the model card's front matter or generation_config.json can't be read.
     """
@@ -64,15 +76,21 @@ def general_keys(
     sampling = read_checkpoint_json(generation) if is_there(generation, ConfigError) else {}
     try:
         if is_there(card, ConfigError):
-            _check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
+            check_front_matter(read_text(card, *CHECKPOINT_FILES[card.name]))
         with silenced():
             metadata = gguf.Metadata.load(None, directory, None, n_weights)
         _check_sampling(metadata, sampling, generation)
+        named = None
         if repo_id is not None:
             named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, Path(repo_id), n_weights)
-            for field in NAME_FIELDS:
-                setattr(metadata, field, getattr(named, field))
-        metadata.name = metadata.name or directory.name
+        elif folder is not None:
+            said = gguf.Metadata.load_model_card(directory), gguf.Metadata.load_hf_parameters(directory)
+            named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), *said, Path(folder), n_weights)
+        for field in NAME_FIELDS if named is not None else ():
+            setattr(metadata, field, getattr(named, field))
+        metadata.name = metadata.name or folder or directory.name
+        if changes:
+            _make_base(metadata, repo_id, changes)
         metadata.size_label = metadata.size_label or gguf.size_label(n_weights, 0, 0, 0)
         writer = gguf.GGUFWriter(None, arch)
         writer.add_type(kind)
@@ -96,7 +114,19 @@ def _check_sampling(metadata: Any, sampling: Mapping[str, Any], generation: Path
             raise ConfigError(f"{generation}: cannot be read", expected=f"{name}, as before", found="nothing")
 
 
-def _check_front_matter(text: str) -> None:
+def _make_base(metadata: Any, repo_id: str | None, changes: Sequence[str]) -> None:
+    """Turn what is said of a model into what is said of one that was made of it."""
+    base = {field: getattr(metadata, field) for field in ("name", *OF_THE_BASE)}
+    if repo_id is not None:
+        base["repo_url"] = f"https://huggingface.co/{repo_id}"
+    for field in OF_THE_BASE:
+        setattr(metadata, field, None)
+    metadata.base_models = [{field: value for field, value in base.items() if value is not None}]
+    metadata.name = " ".join([metadata.name, *changes])
+    metadata.finetune = "-".join([*filter(None, [metadata.finetune]), *changes])
+
+
+def check_front_matter(text: str) -> None:
     """Refuse what YAML would make too much of. Raises: ValueError, yaml.YAMLError."""
     import yaml
 

@@ -21,8 +21,11 @@ from gguf3n.formats.rows import SourceTensor
 from gguf3n.gemma3n import mmproj, text
 from gguf3n.gemma3n.encoders import read_encoders
 from gguf3n.gemma3n.end_of_image import with_end_of_image
+from gguf3n.gemma3n.lora import check_no_adapter
 from gguf3n.gemma3n.mapping import MappedTensor, Rule, in_channels, map_tensors
 from gguf3n.gemma3n.metadata import REPLACED_KEYS, general_keys, tokenizer_keys
+from gguf3n.gemma3n.slice_keys import slice_keys
+from gguf3n.gemma3n.slices import SlicedCheckpoint
 from gguf3n.gemma3n.source import Checkpoint, GGUFSource, Source
 
 READABLE = frozenset(qtype.name for qtype in GGML_TYPES)
@@ -38,6 +41,7 @@ class PartKind(enum.Enum):
 
     TEXT = "{name}-{quant}.gguf"
     MMPROJ = "mmproj-{name}-{quant}.gguf"
+    LORA = "{name}-{quant}-LoRA.gguf"
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,11 @@ def _of_checkpoint(source: Checkpoint, beside: tuple[str, ...]) -> Part:
             "of KV-shared layers, which llama.cpp loads but never evaluates"
         )
     keys = (
-        *general_keys(source.path, source.repo_id, text.ARCH, mapping.n_weights),
+        *general_keys(
+            source.path, source.repo_id, text.ARCH, mapping.n_weights, folder=source.folder, changes=source.changes
+        ),
         *text.model_keys(config),
+        *(slice_keys(source.slice) if isinstance(source, SlicedCheckpoint) else ()),
         *tokenizer_keys(vocabulary),
     )
     return Part(PartKind.TEXT, source, keys, tensors, tuple(notices))
@@ -127,7 +134,15 @@ def mmproj_part(source: Source, *, vision: bool = True, audio: bool = True) -> P
         if reason != mmproj.TEXT_REASON
     ]
     keys = (
-        *general_keys(source.path, source.repo_id, mmproj.ARCH, mapping.n_weights, mmproj.FILE_KIND),
+        *general_keys(
+            source.path,
+            source.repo_id,
+            mmproj.ARCH,
+            mapping.n_weights,
+            mmproj.FILE_KIND,
+            folder=source.folder,
+            changes=source.changes,
+        ),
         *mmproj.model_keys(encoders),
     )
     return Part(PartKind.MMPROJ, source, keys, mapping.tensors, tuple(notices))
@@ -142,6 +157,7 @@ def check_kind(source: GGUFSource, kind: PartKind) -> None:
     """Refuse a file of another kind. Raises: SourceError."""
     wanted = {PartKind.TEXT: text.ARCH, PartKind.MMPROJ: mmproj.ARCH}[kind]
     found = _architecture(source)
+    check_no_adapter(source.gguf)
     if found == wanted:
         return
     if {found, wanted} == {text.ARCH, mmproj.ARCH}:

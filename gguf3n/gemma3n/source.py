@@ -14,12 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gguf3n.errors import SourceError, UsageError
-from gguf3n.formats.checkpoint import read_tensor_table
+from gguf3n.errors import CheckpointError, SourceError, UsageError
+from gguf3n.formats.checkpoint import INDEX, SINGLE, read_tensor_table
 from gguf3n.formats.gguf_reader import SPLIT_NAME, GGUFFile, open_gguf
 from gguf3n.formats.hub import fetch_checkpoint, fetch_tensor_table, is_repo_id
-from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, Stored, stored_tensors
-from gguf3n.formats.small_file import check_checkpoint_files, check_permission
+from gguf3n.formats.rows import FLOAT_DTYPES, SourceTensor, stored_tensors
+from gguf3n.formats.small_file import check_checkpoint_files, check_permission, is_there
+from gguf3n.formats.training_folder import find_model, settings_directory
 from gguf3n.gemma3n.config import Config, load_config, parse_config
 from gguf3n.gemma3n.tokenizer import Vocabulary, read_vocabulary
 
@@ -45,15 +46,41 @@ class Source:
     @property
     def files(self) -> set[Path]:
         """Those that its weights are in."""
-        stored = (rows for tensor in self.tensors.values() for rows in tensor.rows if isinstance(rows, Stored))
-        return {self.path, *(Path(rows.file_name) for rows in stored)}
+        return {self.path, *(Path(each.file_name) for tensor in self.tensors.values() for each in tensor.stored)}
+
+    @property
+    def read_from(self) -> str:
+        """Where its weights are from, for what is kept of them."""
+        return str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Source):
-    """A directory in Hugging Face's layout. `repo_id`: the Hub's name of it, where it was fetched from there."""
+    """A directory in Hugging Face's layout, or in that of a training.
 
+    Args:
+        path: where config and tokenizer are.
+        folder: what the directory is called by its user, where that is another name than `path` has.
+        repo_id, commit: the Hub's, where it was fetched from there.
+        changes: names of what was made of it, in order: of the adapters merged into it, and of the slice that it is.
+        as_it_stands: whether the directory's files hold these tensors as they are, for who reads them by themselves.
+    """
+
+    folder: str | None = None
     repo_id: str | None = None
+    commit: str | None = None
+    changes: tuple[str, ...] = ()
+    as_it_stands: bool = True
+
+    @property
+    def read_from(self) -> str:
+        """The directory, and what was made of it."""
+        return " with ".join([str(self.path), *self.changes])
+
+    @property
+    def unpadded(self) -> Checkpoint:
+        """The model without what llama.cpp needs beside it."""
+        return self
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -90,8 +117,8 @@ def open_source(
     """Read everything about a source that its first use needs; no weights. What is on the Hub is fetched first.
 
     Args:
-        source: a checkpoint directory, a Hub id such as google/gemma-3n-E4B-it, a local GGUF file or any part of a
-            split one, or a Source, which is returned as it is.
+        source: a checkpoint directory, or the folder of a training with one in it; a Hub id such as
+            google/gemma-3n-E4B-it; a local GGUF file or any part of a split one; or a Source, which is returned.
         revision: branch, tag or commit of a Hub id.
         weights: fetch the weights of a Hub id too; without them only the table of its tensors is there.
         show_progress: show huggingface_hub's progress bars.
@@ -113,12 +140,18 @@ def open_source(
             f"{path}: not a directory" if os.path.lexists(path) else f"{path}: no such directory",
             expected="a directory with a Hugging Face checkpoint, or a Hub id like google/gemma-3n-E4B-it",
         )
-    check_checkpoint_files(path)
+    model = find_model(path)
+    settings = settings_directory(model.directory)
+    check_checkpoint_files(settings)
+    name = _last_part(os.path.abspath(path))
     return Checkpoint(
-        origin=str(path),
-        path=path,
-        name=_last_part(os.path.abspath(path)),
-        tensors=stored_tensors(read_tensor_table(path).values()),
+        origin=str(model.directory),
+        path=settings,
+        name=name,
+        tensors=model.tensors,
+        notices=model.notices,
+        folder=None if settings == path else name,
+        as_it_stands=any(is_there(settings / file, CheckpointError) for file in (SINGLE, INDEX)),
     )
 
 
@@ -140,9 +173,10 @@ def _fetched(repo_id: str, revision: str | None, *, weights: bool, show_progress
         origin=fetched.repo_id,
         path=fetched.directory,
         name=_last_part(fetched.repo_id),
-        tensors=stored_tensors(table.values()),
+        tensors=table,
         notices=(cached,) if fetched.from_cache else (),
         repo_id=fetched.repo_id,
+        commit=fetched.commit,
     )
 
 

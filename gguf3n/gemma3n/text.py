@@ -37,12 +37,16 @@ def _name(target: MODEL_TENSOR) -> str:
 T, F, H, Q = MODEL_TENSOR, Storage.FLOAT32, Storage.HALF, Storage.QUANTIZABLE
 KV = Missing.ZEROS_IF_KV_SHARED
 
+EMBED_TOKENS = "embed_tokens.weight"
+EMBED_TOKENS_PER_LAYER = "embed_tokens_per_layer.weight"
+PER_LAYER_MODEL_PROJECTION = "per_layer_model_projection.weight"
+"""Names in a checkpoint: the two tables, of which the second has something for each layer, as the matrix has."""
 TOKEN_EMBD, PER_LAYER_TOKEN_EMBD = _name(T.TOKEN_EMBD), _name(T.PER_LAYER_TOKEN_EMBD)
 
 RULES: tuple[Rule, ...] = (
-    Rule("embed_tokens.weight", TOKEN_EMBD, ("vocab", "embd"), Q, pad_rows=True),
-    Rule("embed_tokens_per_layer.weight", PER_LAYER_TOKEN_EMBD, ("vocab", "ple_all"), Q, pad_rows=True),
-    Rule("per_layer_model_projection.weight", _name(T.PER_LAYER_MODEL_PROJ), ("ple_all", "embd"), H),
+    Rule(EMBED_TOKENS, TOKEN_EMBD, ("vocab", "embd"), Q, pad_rows=True),
+    Rule(EMBED_TOKENS_PER_LAYER, PER_LAYER_TOKEN_EMBD, ("vocab", "ple_all"), Q, pad_rows=True),
+    Rule(PER_LAYER_MODEL_PROJECTION, _name(T.PER_LAYER_MODEL_PROJ), ("ple_all", "embd"), H),
     Rule("per_layer_projection_norm.weight", _name(T.PER_LAYER_PROJ_NORM), ("ple",), F),
     Rule("altup_projections.{k}.weight", _name(T.ALTUP_PROJ), ("altup_extra", "embd", "embd"), H),
     Rule("altup_unembed_projections.{k}.weight", _name(T.ALTUP_UNEMBD_PROJ), ("altup_extra", "embd", "embd"), H),

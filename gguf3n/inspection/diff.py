@@ -57,7 +57,10 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class Difference:
-    """Everything in which two files differ. `layout` names what differs although the content is the same."""
+    """Everything in which two files differ, of `n_tensors` that one or both have.
+
+    `layout` names what differs although the content is the same.
+    """
 
     names: tuple[str, str]
     keys: tuple[KeyChange, ...]
@@ -65,6 +68,7 @@ class Difference:
     tensors: tuple[TensorChange, ...]
     layout: tuple[str, ...]
     with_data: bool
+    n_tensors: int
 
     @property
     def same_content(self) -> bool:
@@ -95,7 +99,13 @@ def diff(
     with closing(RowReader()) as reader:
         tensors = tuple(_tensors(a, b, with_data, reader, progress))
     return Difference(
-        (a.name, b.name), tuple(_keys(a, b)), tuple(_tokens(a, b)), tensors, tuple(_layout(a, b)), with_data
+        (a.name, b.name),
+        tuple(_keys(a, b)),
+        tuple(_tokens(a, b)),
+        tensors,
+        tuple(_layout(a, b)),
+        with_data,
+        len(a.tensors.keys() | b.tensors.keys()),
     )
 
 

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.byte_source import HeaderInMemory, is_remote
 from gguf3n.formats.gguf_reader import GGUFFile, open_gguf, read_header
+from gguf3n.gemma3n.lora import FILE_KIND
 from gguf3n.gemma3n.mmproj import ARCH as ENCODER_ARCH
 from gguf3n.gemma3n.text import ARCH as TEXT_ARCH
+from gguf3n.inspection import checks_adapter as adapter
 from gguf3n.inspection import checks_data as data
 from gguf3n.inspection import checks_layout as layout
 from gguf3n.inspection import checks_mmproj as mmproj
@@ -42,35 +45,42 @@ class Severity(enum.Enum):
 
 
 class Group(enum.Enum):
-    """When a check is made: of any file; of Gemma 3n's text model, its mmproj file, or both together; of the data of
-    either, or of one of them, when asked for."""
+    """When a check is made: of any file; of Gemma 3n's text model, its mmproj file, or both together; of an adapter, or
+    of one with its base; of the data of any of them, or of one kind, when asked for; of a repository (see
+    publishing/checks.py)."""
 
     LAYOUT = "layout"
     MODEL = "model"
     MMPROJ = "mmproj"
     PAIR = "pair"
+    ADAPTER = "adapter"
+    ADAPTER_PAIR = "adapter-pair"
     VALUES = "values"
     DATA = "data"
     MMPROJ_DATA = "mmproj-data"
+    REPOSITORY = "repository"
 
     @property
     def reads_data(self) -> bool:
         return self in (Group.VALUES, Group.DATA, Group.MMPROJ_DATA)
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Check:
-    """One row of the table: what the fault means for which engine, and what mends it."""
+class Check(Generic[T]):
+    """One row of a table: what the fault means for which engine, and what mends it. It looks at a T, as at a file."""
 
     id: str
     severity: Severity
     meaning: str
     fix: str
     group: Group
-    find: Callable[[Subject], Iterator[Found]]
+    find: Callable[[T], Iterator[Found]]
 
-    def findings(self, subject: Subject) -> Iterator[Finding]:
-        """What it finds in a file, however much that is."""
+    def findings(self, subject: T) -> Iterator[Finding]:
+        """What it finds, however much that is."""
         for found in self.find(subject):
             yield Finding(self, found.where, found.what, str(found))
 
@@ -88,7 +98,7 @@ class Check:
 class Finding:
     """A fault that a file has: the place, what is wrong there, and the sentence that says both (see found.py)."""
 
-    check: Check
+    check: Check[Any]
     where: str
     what: str
     found: str
@@ -120,6 +130,8 @@ class Report:
 REPAIR = "gguf3n repair"
 AGAIN = "convert or download the file again"
 ENCODERS_AGAIN = "gguf3n convert SRC --mmproj F16"
+MERGE = "merge it instead: gguf3n convert BASE --adapter DIR"
+ADAPTER_AGAIN = "gguf3n adapter DIR"
 ENDIAN = "gguf-convert-endian FILE little"
 E, W, N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 ALL = "no engine loads it"
@@ -128,20 +140,32 @@ LLAMA = "llama.cpp, Ollama and LM Studio do not load it"
 
 def _layout(
     id: str, severity: Severity, meaning: str, fix: str, kind: str | Callable[[Subject], Iterator[Found]]
-) -> Check:
+) -> Check[Subject]:
     find = partial(layout.problems, kind) if isinstance(kind, str) else kind
     return Check(id, severity, meaning, fix, Group.LAYOUT, find)
 
 
-def _model(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+def _model(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.MODEL, find)
 
 
-def _mmproj(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+def _mmproj(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.MMPROJ, find)
 
 
-def _values(id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]) -> Check:
+def _adapter(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
+    return Check(id, severity, meaning, fix, Group.ADAPTER, find)
+
+
+def _values(
+    id: str, severity: Severity, meaning: str, fix: str, find: Callable[[Subject], Iterator[Found]]
+) -> Check[Subject]:
     return Check(id, severity, meaning, fix, Group.VALUES, find)
 
 
@@ -149,7 +173,7 @@ UNREADABLE = _layout("unreadable", E, ALL, AGAIN, "unreadable")
 """The fault of a file that can't be opened, which `lint` itself finds."""
 
 # fmt: off
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Check[Subject], ...] = (
     UNREADABLE,
     _layout("duplicate-key", E, LLAMA, f"{REPAIR}, where both are the same", "duplicate-key"),
     _layout("empty-key", E, LLAMA, REPAIR, layout.empty_key),
@@ -182,7 +206,7 @@ CHECKS: tuple[Check, ...] = (
     _model("fixed-size", E, "llama.cpp has it built in: the file does not load, or the model talks nonsense",
            "use another engine, or another slice", model.fixed_sizes),
     _model("mixed-ffn", E, "llama.cpp takes layer 0's FFN width for all layers and does not load the file",
-           "slice the model to one width", model.mixed_ffn),
+           "convert the slice again without --no-pad, which makes one width of all", model.mixed_ffn),
     _model("missing-tensor", E, LLAMA,
            AGAIN, model.missing_tensors),
     _model("missing-shared-kv", E, "llama.cpp demands keys and values that it never evaluates",
@@ -271,6 +295,25 @@ CHECKS: tuple[Check, ...] = (
     Check("fit-images", E, "llama.cpp cuts the marks around an image into pieces of text",
           "convert the text model again: files of 2025 lack the tokens of images", Group.PAIR, mmproj.image_marks),
 
+    _adapter("adapter-kind", E, "llama.cpp does not load it as an adapter of Gemma 3n",
+             "gguf3n edit --set, where only the key is wrong", adapter.kinds),
+    _adapter("adapter-alpha-type", E, "llama.cpp aborts", ADAPTER_AGAIN, adapter.alpha_type),
+    _adapter("adapter-alpha", W, "llama.cpp takes the scale for 1, whatever the rank is", ADAPTER_AGAIN, adapter.alpha),
+    _adapter("adapter-empty", E, "it changes nothing", ADAPTER_AGAIN, adapter.no_pairs),
+    _adapter("adapter-half", E, "llama.cpp does not load it", ADAPTER_AGAIN, adapter.halves),
+    _adapter("adapter-name", E, "llama.cpp does not load it", ADAPTER_AGAIN, adapter.names),
+    _adapter("adapter-rank", E, "llama.cpp does not load it", ADAPTER_AGAIN, adapter.ranks),
+    _adapter("adapter-shape", E, "llama.cpp does not load it beside the model",
+             "make it of the adapter for this size of model", adapter.shapes),
+    _adapter("adapter-aborts", E, "llama.cpp aborts with an adapter for the embedding table", MERGE, adapter.aborts),
+    _adapter("adapter-ignored", W, "llama.cpp loads it and never applies it", MERGE, adapter.ignored),
+    _adapter("adapter-idle", N, "keys and values of KV-shared layers, which nothing reads",
+             "nothing: it does no harm", adapter.idle),
+    Check("fit-tensor", E, "llama.cpp does not load the two together", "take the model that it was trained on",
+          Group.ADAPTER_PAIR, adapter.missing_in_base),
+    Check("fit-shape", E, "llama.cpp does not load the two together", "take the model that it was trained on",
+          Group.ADAPTER_PAIR, adapter.shapes_in_base),
+
     _values("bad-value", E, "one such value spoils every output after it", AGAIN, data.bad_values),
     _values("all-zero", E, "the tensor was never written, or lost", AGAIN, data.all_zero),
     _values("f16-range", W, "values were cut off at float16's end, or will overflow",
@@ -289,27 +332,29 @@ def lint(
     with_data: bool = False,
     progress: OnProgress | None = None,
     beside: GGUFFile | None = None,
+    base: GGUFFile | None = None,
 ) -> Report:
     """Check a file, local or remote.
 
     Args:
         source: the file, or what `open_gguf(..., strict=False)` made of it.
         beside: the mmproj file that a text model is to be used with: whether they fit.
+        base: the text model that an adapter is to be used with, likewise.
         with_data: read the tensors too.
         progress: told of the bytes that are read for that.
 
-    Raises: GGUFError for a file that is not there; HubError; UsageError where `beside` is given and one of the two is
-        of another kind. A file whose header can't be read is a finding.
+    Raises: GGUFError for a file that is not there; HubError; UsageError where `beside` or `base` is given and one of
+        the two is of another kind. A file whose header can't be read is a finding.
     """
     if isinstance(source, GGUFFile):
-        return lint_file(source, with_data=with_data, progress=progress, beside=beside)
+        return lint_file(source, with_data=with_data, progress=progress, beside=beside, base=base)
     try:
         gguf = open_gguf(source, strict=False)
     except GGUFError as error:
         if not is_remote(source) and not os.path.isfile(source):
             raise
         return unreadable(str(source), error)
-    return lint_file(gguf, with_data=with_data, progress=progress, beside=beside)
+    return lint_file(gguf, with_data=with_data, progress=progress, beside=beside, base=base)
 
 
 def unreadable(name: str, error: GGUFError) -> Report:
@@ -324,27 +369,48 @@ def lint_file(
     with_data: bool = False,
     progress: OnProgress | None = None,
     beside: GGUFFile | None = None,
+    base: GGUFFile | None = None,
 ) -> Report:
     """Check a file that is open, as `open_gguf(..., strict=False)` gives it. Raises: UsageError, as `lint`."""
     other = None if beside is None else Subject(beside)
-    subject = Subject(gguf, progress, other)
+    model = None if base is None else Subject(base)
+    subject = Subject(gguf, progress, other, base=model)
     if other is not None:
-        _check_pair(subject, other)
+        text, encoders = (subject, subject.is_gemma3n, "the text model"), (other, other.is_mmproj, "the mmproj file")
+        _check_fit(text, encoders, wanted=WITH_ENCODERS)
+    if model is not None:
+        adapted, text = (subject, subject.is_adapter, "an adapter"), (model, model.is_gemma3n, "the text model")
+        _check_fit(adapted, text, wanted=WITH_BASE)
     return _lint(subject, with_data=with_data)
 
 
-def _check_pair(text: Subject, encoders: Subject) -> None:
-    """Refuse what is no pair at all, as two text models. Raises: UsageError."""
-    for subject, fits, what in (
-        (text, text.is_gemma3n, "the text model"),
-        (encoders, encoders.is_mmproj, "the mmproj file"),
-    ):
+WITH_ENCODERS = (
+    f"general.architecture {TEXT_ARCH}, and {ENCODER_ARCH} of the file after --mmproj",
+    "gguf3n lint TEXT.gguf --mmproj MMPROJ.gguf",
+)
+WITH_BASE = (
+    f"general.architecture {TEXT_ARCH}, and general.type {FILE_KIND} of the file before --base",
+    "gguf3n lint ADAPTER.gguf --base MODEL.gguf",
+)
+"""What two files should be, and how they are named."""
+
+
+def _check_fit(*files: tuple[Subject, bool, str], wanted: tuple[str, str]) -> None:
+    """Refuse what is no pair at all, as two text models.
+
+    Args:
+        files: each, whether it is what it should be, and what that is called.
+
+    Raises: UsageError.
+    """
+    expected, fix = wanted
+    for subject, fits, what in files:
         if not fits:
             raise UsageError(
                 f"{subject.gguf.name}: not {what} of a Gemma 3n",
-                expected=f"general.architecture {TEXT_ARCH}, and {ENCODER_ARCH} of the file after --mmproj",
+                expected=expected,
                 found=_architecture(subject),
-                fix="gguf3n lint TEXT.gguf --mmproj MMPROJ.gguf",
+                fix=fix,
             )
 
 
@@ -368,24 +434,36 @@ def lint_headers(headers: Sequence[HeaderInMemory]) -> Iterator[tuple[Finding, .
         yield tuple(found for found in _lint(subject).findings if found.check.severity is not Severity.NOTE)
 
 
+_KINDS: tuple[tuple[Callable[[Subject], bool], tuple[Group, set[Group]]], ...] = (
+    (lambda subject: subject.is_gemma3n, (Group.MODEL, {Group.VALUES, Group.DATA})),
+    (lambda subject: subject.is_mmproj, (Group.MMPROJ, {Group.VALUES, Group.MMPROJ_DATA})),
+    (lambda subject: subject.is_adapter, (Group.ADAPTER, {Group.VALUES})),
+)
+"""What a file may be, and its checks: of the header, and of the data."""
+
+
 def _groups(subject: Subject, *, with_data: bool) -> tuple[Collection[Group], str | None]:
     """Which checks are made of a file, and why not all that were asked for."""
-    if not subject.is_gemma3n and not subject.is_mmproj:
+    if not subject.is_gemma3n and not subject.is_mmproj and not subject.is_adapter:
         return (Group.LAYOUT,), f"general.architecture says {_architecture(subject)}: only the layout was checked"
-    own = {Group.LAYOUT, Group.MODEL} if subject.is_gemma3n else {Group.LAYOUT, Group.MMPROJ}
+    kind, of_data = next(groups for is_one, groups in _KINDS if is_one(subject))
+    own = {Group.LAYOUT, kind}
     if subject.mmproj is not None:
         own.add(Group.PAIR)
+    if subject.base is not None:
+        own.add(Group.ADAPTER_PAIR)
     skipped = None
     if with_data and subject.gguf.byte_order == "big":
         skipped = "the data of big-endian files is not checked"
     elif with_data and any(problem.kind == "truncated" for problem in subject.gguf.problems):
         skipped = "the data of a truncated file is not checked"
     elif with_data:
-        return own | {Group.VALUES, Group.DATA if subject.is_gemma3n else Group.MMPROJ_DATA}, None
+        return own | of_data, None
     return own, skipped
 
 
 def _architecture(subject: Subject) -> str:
     """What a file says that it is."""
-    other = subject.architecture == ENCODER_ARCH and not subject.is_mmproj
-    return (subject.architecture or "nothing") + (", and no projector is Gemma 3n's" if other else "")
+    if subject.architecture == ENCODER_ARCH and not subject.is_mmproj:
+        return f"{ENCODER_ARCH}, and no projector is Gemma 3n's"
+    return (subject.architecture or "nothing") + (", an adapter" if subject.adapter.is_adapter else "")

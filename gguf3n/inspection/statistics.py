@@ -389,7 +389,7 @@ class _Work:
             raw = self.reader.read_stored(chunk.rows, chunk.first, chunk.n_rows)
             counts = np.bincount(raw.view("<u2"), minlength=1 << 16)
             if work.channel_rows is not None:
-                self.reader.widen(chunk.rows.dtype, raw, values.reshape(-1))
+                self.reader.arithmetic.widen(chunk.rows.dtype, raw, values.reshape(-1))
         else:
             self.reader.fill(chunk.rows, chunk.first, values)
         if work.channel_rows is not None:
@@ -416,7 +416,7 @@ class _Work:
         else:
             used = np.flatnonzero(pending.histogram)
             values = np.empty(len(used), np.float32)
-            self.reader.widen(_dtype(tensor), used.astype("<u2").view(np.uint8), values)
+            self.reader.arithmetic.widen(_dtype(tensor), used.astype("<u2").view(np.uint8), values)
             part = Part.of(values, pending.histogram[used], pending.largest_sum)
         self.results[index] = TensorStatistics(
             tensor.name, _dtype(tensor), tensor.shape, place(tensor.name), kind(tensor.name, tensor.shape), part

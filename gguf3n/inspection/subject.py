@@ -19,6 +19,7 @@ from gguf3n.gemma3n.config import MAX_LAYERS, N_KV_LAYERS
 from gguf3n.gemma3n.mapping import Missing, Rule
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.text import ARCH, model_keys, written_order
+from gguf3n.inspection.adapter_facts import AdapterFacts
 from gguf3n.inspection.encoder_facts import EncoderFacts
 from gguf3n.inspection.scan import TensorFacts, scan
 from gguf3n.progress import OnProgress
@@ -80,6 +81,7 @@ class Subject:
     Args:
         progress: told while `data` is read.
         mmproj: the mmproj file that is to be used with it.
+        base: of an adapter, the model that it is to be used with.
         like: a file that is known to have the same vocabulary, which is then read once.
     """
 
@@ -89,10 +91,12 @@ class Subject:
         progress: OnProgress | None = None,
         mmproj: Subject | None = None,
         *,
+        base: Subject | None = None,
         like: Subject | None = None,
     ) -> None:
         self.gguf = gguf
         self.mmproj = mmproj
+        self.base = base
         self._progress = progress
         self._like = like
 
@@ -102,7 +106,18 @@ class Subject:
 
     @property
     def is_gemma3n(self) -> bool:
-        return self.architecture == str(ARCH)
+        """Whether it is the text model of one."""
+        return self.architecture == str(ARCH) and not self.adapter.is_adapter
+
+    @cached_property
+    def adapter(self) -> AdapterFacts:
+        """Of a LoRA adapter."""
+        return AdapterFacts(self.gguf)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, and not one of another model."""
+        return self.architecture in (None, str(ARCH)) and self.adapter.is_adapter
 
     @cached_property
     def encoders(self) -> EncoderFacts:

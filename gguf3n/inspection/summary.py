@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ from gguf.constants import Keys, LlamaFileType, TokenType
 
 from gguf3n.formats.gguf_layout import QType, Scalar
 from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor
+from gguf3n.inspection.adapter_facts import AdapterFacts
 from gguf3n.inspection.encoder_facts import EncoderFacts
 
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+?)(\.weight)?")
@@ -108,20 +109,57 @@ def encoder_facts(gguf: GGUFFile) -> list[tuple[str, str]]:
     return found
 
 
+ADAPTER_FACTS: tuple[tuple[str, str], ...] = (
+    ("name", Keys.General.NAME),
+    ("base model", Keys.General.BASE_MODEL_NAME.format(id=0)),
+    ("adapter", Keys.Adapter.TYPE),
+    ("alpha", Keys.Adapter.LORA_ALPHA),
+)
+"""The same of an adapter."""
+
+
+def adapter_facts(gguf: GGUFFile) -> list[tuple[str, str]]:
+    """Label and value of what a LoRA adapter has: ranks, and for each kind of tensor how many, and llama.cpp's scale;
+    none of another file."""
+    adapter = AdapterFacts(gguf)
+    if not adapter.is_adapter:
+        return []
+    ranks: dict[str, list[int]] = {}
+    for pair in adapter.pairs.values():
+        name = LAYER_TENSOR.fullmatch(pair.target)
+        kind = "others" if pair.rule is None else name[2] if name else pair.target.removesuffix(".weight")
+        ranks.setdefault(kind, []).append(pair.rank or 0)
+    every = [rank for found in ranks.values() for rank in found]
+    return [
+        ("rank", _range(every)),
+        *(
+            (kind, f"{len(found)}, scale " + _range(adapter.scale(rank) for rank in found if rank))
+            for kind, found in ranks.items()
+        ),
+    ]
+
+
+def _range(numbers: Iterable[float]) -> str:
+    """As in "4" or "4 to 16"."""
+    found = sorted(set(numbers)) or [0]
+    return " to ".join(f"{number:.6g}" for number in dict.fromkeys((found[0], found[-1])))
+
+
 def facts(gguf: GGUFFile) -> list[tuple[str, str]]:
     """Label and value of what is known of the model, in the order of FACTS."""
     arch = architecture(gguf)
     found = [] if arch is None else [("architecture", arch)]
     found += (encoders := encoder_facts(gguf))
-    for label, name in ENCODER_FACTS if encoders else FACTS:
+    adapter = adapter_facts(gguf)
+    for label, name in ENCODER_FACTS if encoders else ADAPTER_FACTS if adapter else FACTS:
         key = gguf.keys.get(name.format(arch=arch))
         if key is not None:
             found.append((label, _fact(key)))
     ftype = gguf.keys.get(Keys.General.FILE_TYPE)
     if ftype is not None:
         found.append(("file type", file_type_name(ftype.value)))
-    if encoders:
-        return found
+    if encoders or adapter:
+        return found + adapter
     template = gguf.keys.get(Keys.Tokenizer.CHAT_TEMPLATE)
     found.append(("chat template", "none" if template is None else f"{len(str(template.value)):,} characters"))
     return found

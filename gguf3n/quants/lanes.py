@@ -20,6 +20,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core.caching import IndexDataCacheFile
 
 from gguf3n.quants.vectors import WIDTH, Vector, load, splat, sqrt, store, transpose
 
@@ -32,17 +33,33 @@ SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__fi
 """What compiled kernels are kept for: the sources of the whole package."""
 
 
-def _compiler(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba's compiler, whose results are kept for as long as SOURCES is the same.
+class _KernelFiles(IndexDataCacheFile):
+    """numba's files of one kernel, kept for as long as SOURCES is the same, each named after what it is for.
 
-    Why: numba keeps a kernel for the file that it stands in. It would go on using one of which a part that is inlined
-        from another file has changed, and can't load one whose lowerings are no longer there.
+    Why SOURCES: numba keeps a kernel for the file that it stands in. It would go on using one of which a part that is
+        inlined from another file has changed, and can't load one whose lowerings are no longer there.
+    Why names: numba numbers the files. Two processes that compile a kernel at the same time, one with importances and
+        one without, give theirs the same number, and one signature then runs the other's code.
     """
+
+    def __init__(self, of: Any) -> None:
+        super().__init__(of._cache_path, of._impl.filename_base, of._impl.locator.get_source_stamp())
+        self._base = of._impl.filename_base
+        self._version += f" for {SOURCES}"  # looked at first; what another one has left is taken for nothing
+
+    def save(self, key: Any, data: Any) -> None:
+        """Write the file of a signature and a processor, then the index that has it."""
+        name = f"{self._base}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+        self._save_data(name, data)
+        self._save_index({**self._load_index(), key: name})
+
+
+def _compiler(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's compiler, with files of our own."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(**FLAGS, **flags)(function)
-        # numba looks at the version first, and takes what another one has left for nothing
-        dispatcher._cache._cache_file._version += f" for {SOURCES}"
+        dispatcher._cache._cache_file = _KernelFiles(dispatcher._cache)
         return dispatcher
 
     return compiled

@@ -7,11 +7,12 @@ what is known of a tensor into a Decision.
 from __future__ import annotations
 
 from gguf3n.recipes.extract import extract_recipe
-from gguf3n.recipes.library import find_recipe, override, preset_names, variant_names
+from gguf3n.recipes.library import find_recipe, override, parse_recipe, preset_names, variant_names
 from gguf3n.recipes.model import (
     PER_LAYER_TOKEN_EMBD,
     PLE_TYPES,
     TOKEN_EMBD,
+    VARIANT_LABELS,
     Decision,
     For,
     ImageRows,
@@ -27,6 +28,7 @@ __all__ = [
     "PER_LAYER_TOKEN_EMBD",
     "PLE_TYPES",
     "TOKEN_EMBD",
+    "VARIANT_LABELS",
     "Decision",
     "For",
     "ImageRows",
@@ -39,6 +41,7 @@ __all__ = [
     "find_recipe",
     "format_recipe",
     "override",
+    "parse_recipe",
     "preset_names",
     "variant_names",
 ]

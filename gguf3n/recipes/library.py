@@ -16,8 +16,8 @@ from gguf3n.errors import UsageError
 from gguf3n.formats.ggml_types import GGML_TYPES
 from gguf3n.formats.small_file import MAX_RECIPE_BYTES, read_text
 from gguf3n.recipes.model import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD, For, ImageRows, Keep, Recipe, Rule
-from gguf3n.recipes.regexes import check_regex
 from gguf3n.recipes.toml import A_TYPE, RecipeFile, parse, parse_type
+from gguf3n.regexes import check_regex
 
 SUFFIX = ".toml"
 SHARED = "_"
@@ -62,6 +62,18 @@ def find_recipe(name: str, part: For = For.TEXT) -> Recipe:
         return _build(chain, str(chain.settings[0].get("name", path.stem)), part)
     base, _, variant = _preset_name(name, part).partition("@")
     return _build(_chain(base, variant or None, part), f"{base}@{variant}" if variant else base, part)
+
+
+def parse_recipe(text: str, origin: str, part: For) -> Recipe:
+    """A recipe from what `format_recipe` made of it: it decides as the one before, however its rules came to be.
+
+    Args:
+        origin: where the text stands, for messages.
+
+    Raises: UsageError.
+    """
+    chain = _inherited(parse(text, origin, strict=False), None, part)
+    return _build(chain, str(chain.settings[0].get("name", "recipe")), part)
 
 
 def override(
@@ -224,6 +236,7 @@ def _build(chain: _Chain, name: str, part: For) -> Recipe:
         summary=setting("summary", ""),
         note=setting("note", ""),
         part=part,
+        evidence=chain.settings[0].get("evidence", ()),
     )
 
 

@@ -147,6 +147,14 @@ class Decision:
     lacks_importance: bool = False
 
 
+VARIANT_LABELS = {"llama.cpp": "llama.cpp", "2025": "llama.cpp-2025"}
+"""What stands before a mixture's name in the names of its variants' files.
+
+Why before: `:Q4_K_M` finds what has `Q4_K_M.` or `Q4_K_M-` in its name, not `Q4_K_M@`. Why in lower case: of two such
+files the first in the listing is taken, and capitals come first: `NAME-Q4_K_M.gguf` before `NAME-llama.cpp-…`.
+"""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named quantization.
@@ -164,6 +172,7 @@ class Recipe:
         note: what else a user should know, such as that it is a reconstruction.
         overrides: rules of the command line.
         part: the file that it is for.
+        evidence: what its types were chosen by, where they were measured; lines.
     """
 
     name: str
@@ -180,6 +189,13 @@ class Recipe:
     note: str = ""
     overrides: tuple[Rule, ...] = ()
     part: For = For.TEXT
+    evidence: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What stands for it in a file's name, as in "Q4_K_M" and "llama.cpp-Q4_K_M"."""
+        base, _, variant = self.name.rpartition("@")
+        return f"{VARIANT_LABELS[variant]}-{base}" if variant in VARIANT_LABELS else self.name
 
     def resolve(self, tensor: Tensor) -> Decision:
         """The type of a tensor that may be quantized.

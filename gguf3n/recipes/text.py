@@ -36,6 +36,8 @@ def format_recipe(recipe: Recipe, comments: Sequence[str] = ()) -> str:
         settings += text_settings
     lines = [f"# {line}".rstrip() for line in comments]
     lines += [f"{key} = {_value(value)}" for key, value in settings]
+    if recipe.evidence:
+        lines += ["evidence = [", *(f"    {_value(line)}," for line in recipe.evidence), "]"]
     for rule in recipe.rules:
         lines += ["", "[[rule]]", *_rule(rule)]
     return "\n".join(lines) + "\n"

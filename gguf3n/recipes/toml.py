@@ -12,6 +12,7 @@ ple = "Q5_1"                  # of the per-layer embeddings, likewise; "base": t
 unevaluated = "Q2_K"          # of weights that are never used; "rules": as all others
 keep = "f16"                  # of matrices that are never quantized: f16, bf16, source, f32
 image_rows = "model"          # of <end_of_image> in the embedding tables: the model's, or padding as "llama.cpp" has it
+evidence = ["line", "line"]   # what the types were chosen by, where gguf3n tune has chosen them; not inherited
 
 [[rule]]                      # the first that matches decides
 tensor = "blk.*.attn_v.weight"    # a pattern of the whole name, or a list; or regex = '...'
@@ -27,8 +28,7 @@ ple = "Q4_K"
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,23 +37,16 @@ from gguf.constants import LlamaFileType
 
 from gguf3n.errors import UsageError, shown
 from gguf3n.formats.ggml_types import GGML_TYPES
+from gguf3n.formats.toml_text import QUOTED, logical_lines, parse_toml
 from gguf3n.recipes.layers import EXPECTED as LAYERS_EXPECTED
 from gguf3n.recipes.layers import parse_layers
 from gguf3n.recipes.model import For, ImageRows, Keep, Rule
-from gguf3n.recipes.regexes import check_regex
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from gguf3n.regexes import check_regex
 
 RULES = "rules"
 """The value of `unevaluated` that means no type of its own."""
-QUOTED = r"\"[^\"]*\"|'[^']*'"
 NAME_PART = QUOTED + r"|[^.\s]+"
 """Of a dotted key."""
-MAX_DOTS = 64
-"""In a line, outside of strings. tomllib takes a minute for a key of 32,000 parts."""
 MAX_NUMBER = 1 << 31
 """Of layers or weights."""
 BASE = "base"
@@ -106,6 +99,12 @@ def _name(value: Any) -> str:
     return value
 
 
+def _lines(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError
+    return tuple(map(_text, value))
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError
@@ -145,6 +144,7 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "name": (_name, "letters, digits and any of . _ + @ -, as it becomes part of a file's name"),
     "summary": (_text, "a line of text"),
     "note": (_text, "some text"),
+    "evidence": (_lines, "a list of lines"),
     "ftype": (parse_ftype, "a file type of llama.cpp, such as Q4_K_M"),
     "type": (parse_type, A_TYPE),
     "token_embd": (_table_type, f'"{BASE}", or {A_TYPE}'),
@@ -188,15 +188,7 @@ def parse(text: str, origin: str, *, strict: bool) -> RecipeFile:
 
     Raises: UsageError with the line.
     """
-    for number, line in _logical_lines(text):
-        if re.sub(QUOTED, "", line).partition("#")[0].count(".") > MAX_DOTS:
-            raise UsageError(f"{origin}, line {number}: a key of too many parts", expected=f"at most {MAX_DOTS}")
-    try:
-        raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # not TOML; a number of too many digits; nested too deep
-        match = re.search(r"\(at line (\d+), column \d+\)", str(error))
-        where = f", line {match[1]}" if match else ""
-        raise UsageError(f"{origin}{where}: not TOML", found=str(error)) from error
+    raw = parse_toml(text, origin)
     lines = _Lines(text, origin)
     settings, rules, variants = dict(raw), raw.pop("rule", []), raw.pop("variant", {})
     settings = _parse_table(raw, SETTINGS, lines, "", ("rule", "variant"))
@@ -264,7 +256,7 @@ class _Lines:
         self.origin = origin
         self.numbers: dict[tuple[str, str], int] = {}
         table, n_rules = "", 0
-        for number, line in _logical_lines(text):
+        for number, line in logical_lines(text):
             key, equals, _ = line.strip().partition("=")
             if key.startswith("["):
                 table = re.sub(r"[\"' ]", "", key.lstrip("[").partition("]")[0])
@@ -284,16 +276,3 @@ class _Lines:
         """As in "mine.toml, line 12"."""
         number = self.numbers.get((table, key)) or self.numbers.get((table, "")) or self.numbers.get(("", key))
         return self.origin if number is None else f"{self.origin}, line {number}"
-
-
-def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines that can hold a key or a header: not those inside multi-line strings."""
-    inside: str | None = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if inside is None:
-            yield number, line
-        for quotes in re.findall(r'"""|\'\'\'', line):
-            if inside is None:
-                inside = quotes
-            elif inside == quotes:
-                inside = None

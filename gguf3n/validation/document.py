@@ -189,20 +189,20 @@ def as_markdown(page: Document) -> str:
     """GitHub's Markdown, as the Hub's model cards have it."""
     verdict = f"**{page.verdict.value.upper()}**: {VERDICTS[page.verdict]}"
     facts = Table(("", ""), "<<", page.facts)
-    parts = [f"# {_markdown(page.title)}", verdict, _markdown_table(facts)]
+    parts = [f"# {markdown(page.title)}", verdict, _markdown_table(facts)]
     for section in page.sections:
         title = section.title if section.verdict is None else f"{section.title}: {section.verdict.value}"
-        parts += [f"## {title}", *(_markdown_block(block) for block in section.blocks)]
+        parts += [f"## {title}", *(markdown_block(block) for block in section.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
     """Text that means nothing but itself: no markup, HTML, link, address or mention."""
     text = re.sub(r"([\\`*_\[\]<>#!|~&$@])", r"\\\1", _clean(text))
     return re.sub(r"(?i)(www)\.", r"\1\\.", text.replace("://", "\\://"))
 
 
-def _markdown_code(text: str, *, in_table: bool = False) -> str:
+def markdown_code(text: str, *, in_table: bool = False) -> str:
     """A code span. Source: CommonMark, section 6.1; tables of GFM want their bars escaped even there."""
     text = _clean(text)
     if in_table:
@@ -212,7 +212,8 @@ def _markdown_code(text: str, *, in_table: bool = False) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _markdown_block(block: Block) -> str:
+def markdown_block(block: Block) -> str:
+    """A part of a page."""
     if isinstance(block, Table):
         return _markdown_table(block)
     if isinstance(block, Command):
@@ -221,19 +222,19 @@ def _markdown_block(block: Block) -> str:
         return _markdown_table(block.table)
     if isinstance(block, Problems):
         lines = [
-            f"- **{p.verdict.value}** {_markdown_code(p.where)}: {_markdown(p.what)}"
-            for p in block.problems[:N_PROBLEMS]
+            f"- **{p.verdict.value}** {markdown_code(p.where)}: {markdown(p.what)}" for p in block.problems[:N_PROBLEMS]
         ]
         more = len(block.problems) - N_PROBLEMS
         return "\n".join([*lines, *([f"- and {more} more"] if more > 0 else [])])
-    return _markdown(block.text)
+    return markdown(block.text)
 
 
 def _markdown_table(table: Table) -> str:
     lines = [f"| {' | '.join(table.headings)} |", f"|{'|'.join('---' if s == '<' else '--:' for s in table.align)}|"]
     for row in table.rows:
         cells = (
-            _markdown_code(cell, in_table=True) if i in table.names else _markdown(cell) for i, cell in enumerate(row)
+            markdown_code(cell, in_table=True) if cell and i in table.names else markdown(cell)
+            for i, cell in enumerate(row)
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -165,13 +165,13 @@ def examine(
         usual: the sample, for other rows.
     """
     n_blocks = x.shape[1] // GGML_TYPES[qtype].weights
-    own_blocks, own = requantize(x, qtype, quant_weights, correlations)
-    same: Flags = (own_blocks == blocks).reshape(len(x), n_blocks, -1).all(axis=2)
+    made, own = requantize(x, qtype, quant_weights, correlations)
+    same: Flags = (made == blocks).reshape(len(x), n_blocks, -1).all(axis=2)
     idle = idle_columns(x, q) if weighted and same.mean() < MOSTLY else np.zeros(x.shape[1], bool)
     if idle.any():
         x = np.where(idle, np.float32(0), x)
-        own_blocks, own = requantize(x, qtype, quant_weights, correlations)
-        same = (own_blocks == blocks).reshape(*same.shape, -1).all(axis=2)
+        made, own = requantize(x, qtype, quant_weights, correlations)
+        same = (made == blocks).reshape(*same.shape, -1).all(axis=2)
     errors = row_errors(x, q)
     own_errors = errors if same.all() else row_errors(x, own)
     shares = misplaced(x, q, qtype)
@@ -326,11 +326,14 @@ def own_blocks(
     from gguf3n.quants.refinement import refine_rows
 
     blocks = np.zeros((len(x), row_bytes(qtype, x.shape[1])), np.uint8)
-    x = x if np.isfinite(x).all() else np.nan_to_num(x, nan=0, posinf=0, neginf=0)
+    largest = largest_magnitude(x) if largest is None else largest
+    if not np.isfinite(largest):
+        x = np.nan_to_num(x, nan=0, posinf=0, neginf=0)
+        largest = largest_magnitude(x)
     if quant_weights is None and QUANTIZERS[qtype].plain is None:
         quant_weights = np.ones(x.shape[1], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        quantize_rows(x, qtype, quant_weights, blocks, largest_magnitude(x) if largest is None else largest)
+        quantize_rows(x, qtype, quant_weights, blocks, largest)
         if correlations is not None:
             refine_rows(x, qtype, correlations, blocks)
     return blocks

@@ -35,12 +35,17 @@ AGAIN = "leave --use-reference out, or save the reference again with --save-refe
 def fingerprint(part: Part, options: ValidationOptions) -> dict[str, str]:
     """Of a reference and of what is read by it. Raises: SourceError or a class below it; GGUFError."""
     return {
-        "model": _hash(_model(part)),
+        "model": model_fingerprint(part),
         "vocabulary": _hash(_vocabulary(part)),
         "text": _text_hash(options.text),
         "n_tokens": str(options.n_tokens),
         "n_ctx": str(options.n_ctx),
     }
+
+
+def model_fingerprint(part: Part) -> str:
+    """Of its sizes, settings and weights. Raises: SourceError or a class below it; GGUFError."""
+    return _hash(_model(part))
 
 
 def check_saved(
@@ -72,7 +77,7 @@ def check_saved(
         if saved.metadata[name] != wanted[name]:
             raise UsageError(
                 f"{saved.path} was made of {what}",
-                expected=str(part.source.path),
+                expected=part.source.read_from,
                 found=saved.metadata.get("reference", "unknown"),
                 fix=AGAIN,
             )

@@ -421,7 +421,7 @@ def run_reference(
     else:
         engine = Reference(reference, device=options.device, dtype=dtype)
     with closing(engine):
-        metadata = {"reference": str(reference.path), "engine": engine.name, "dtype": dtype}
+        metadata = {"reference": reference.read_from, "engine": engine.name, "dtype": dtype}
         metadata |= fingerprint(part, options)
         with write_logprobs(target, chunks, n_vocab, metadata=metadata, force=options.force) as writer:
             for row in _rows(engine, chunks, n_vocab, tick):

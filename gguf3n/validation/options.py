@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf3n.engines.devices import check_words
 from gguf3n.errors import UsageError, shown
 from gguf3n.formats.correlations import Correlations, as_correlations
 from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
@@ -73,12 +74,13 @@ def parse_validation(
         threads: workers, and threads of llama.cpp.
         force: replace the file of save_reference.
 
-    Raises: UsageError for a stage that there is not, for none, or for options that exclude each other; GGUFError for
-        the importance matrix and the correlations.
+    Raises: UsageError for a stage that there is not, for none, for a device or dtype that there is not, or for options
+        that exclude each other; GGUFError for the importance matrix and the correlations.
     """
     if save_reference is not None and use_reference is not None:
         raise UsageError("--save-reference and --use-reference exclude each other", fix="leave one of them out")
     check_threads(threads)
+    check_words(device, dtype)
     for name, value in (("n_tokens", n_tokens), ("n_ctx", n_ctx)):
         if type(value) is not int or value < MIN_TOKENS:
             raise UsageError(f"{name}: not a number of tokens", expected=f"{MIN_TOKENS} or more", found=shown(value))

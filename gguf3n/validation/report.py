@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gguf.constants import Keys
 
+from gguf3n.dates import source_date
 from gguf3n.errors import GGUFError, UsageError
 from gguf3n.formats.hub import is_repo_id
 from gguf3n.formats.whole_file import check_output, write_whole
@@ -74,7 +75,7 @@ def write_report(
     Args:
         path: ends in .html or .md.
         command: what was typed; by default the shortest command that runs the same stages.
-        now: the date on the page; by default the present one.
+        now: the date on the page; by default that of SOURCE_DATE_EPOCH, or the present one.
 
     Raises: as `check_report`.
     """
@@ -89,7 +90,7 @@ def document(
     validation: Validation, *, command: str | None = None, now: datetime | None = None, with_pictures: bool = True
 ) -> Document:
     """Everything that stands on the page."""
-    date = (now or datetime.now(timezone.utc)).astimezone(timezone.utc)
+    date = (now or source_date() or datetime.now(timezone.utc)).astimezone(timezone.utc)
     reference = _public_name(validation.reference)
     facts = [
         *_file_facts(validation.candidate),

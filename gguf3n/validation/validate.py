@@ -7,8 +7,10 @@ validation.verdict, validation.stages[Stage.LOGITS].divergence.mean
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +22,9 @@ from gguf3n.formats.correlations import Correlations
 from gguf3n.formats.gguf_layout import MAGIC
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
+from gguf3n.gemma3n.lora import check_no_adapter
 from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, mmproj_part, text_part
+from gguf3n.gemma3n.slice_keys import as_in_file
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
@@ -60,13 +64,29 @@ class Validation:
         }
 
 
-def read_reference(reference: str | Path, *, revision: str | None = None, show_progress: bool = False) -> Source:
+def read_reference(
+    reference: str | Path,
+    *,
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    adapter_scale: float = 1.0,
+    show_progress: bool = False,
+) -> Source:
     """What a file is held against: a checkpoint directory, a Hub id, or an unquantized GGUF file.
+
+    Args:
+        adapters, adapter_scale: merged into a checkpoint, as for `read_source`.
 
     Raises: SourceError or a class below it, HubError, GGUFError; UsageError for a quantized GGUF file.
     """
-    if not os.path.isfile(reference) or revision is not None:
-        return read_source(reference, revision=revision, show_progress=show_progress)
+    if not os.path.isfile(reference) or revision is not None or adapters:
+        return read_source(
+            reference,
+            revision=revision,
+            adapters=adapters,
+            adapter_scale=adapter_scale,
+            show_progress=show_progress,
+        )
     try:
         return read_gguf(reference)
     except UsageError as error:
@@ -133,20 +153,22 @@ def validate(
 
 
 def part_for(candidate: Candidate, source: Source) -> Part:
-    """What a file should be: its source's text model, or those encoders that the file says it has.
+    """What a file should be: its source's text model, the slice of it, or those encoders that the file says it has.
 
-    Raises: SourceError or a class below it; GGUFError for a source.
+    Raises: SourceError or a class below it, also for an adapter; GGUFError for a source.
     """
     try:
         keys = candidate.gguf.keys
     except GGUFError:  # the stages say what is wrong with it
         return text_part(source, beside=ENCODERS)
 
+    check_no_adapter(candidate.gguf)
+
     def says(name: str) -> bool:
         return name in keys and keys[name].value is True
 
     if Keys.General.ARCHITECTURE not in keys or keys[Keys.General.ARCHITECTURE].value != mmproj.ARCH:
-        return text_part(source, beside=ENCODERS)
+        return text_part(as_in_file(source, keys) if isinstance(source, Checkpoint) else source, beside=ENCODERS)
     vision, audio = (says(f"clip.has_{what}_encoder") for what in ("vision", "audio"))
     neither = not vision and not audio  # a fault that the stages find
     return mmproj_part(source, vision=vision or neither, audio=audio or neither)
@@ -177,6 +199,35 @@ def run_stages(
         for stage, run in prepared.items()
     }
     return Validation(candidate, part.source.origin, results, part.kind)
+
+
+def run_all(
+    files: Sequence[tuple[Path, Part]],
+    options: ValidationOptions,
+    *,
+    watch: Callable[[], AbstractContextManager[OnProgress | None]] = nullcontext,
+    notice: Notice | None = None,
+) -> Iterator[Validation]:
+    """Validate files of one source in turn; the reference model is run once for all.
+
+    Args:
+        watch: opens what shows the progress of one file.
+        notice and the errors: as for `run_stages`.
+    """
+    with tempfile.TemporaryDirectory(prefix="gguf3n-") as folder:
+        kept = Path(folder, "reference.safetensors") if len(files) > 1 and Stage.LOGITS in options.stages else None
+        texts = [path for path, part in files if part.kind is PartKind.TEXT]
+        for path, part in files:
+            is_there = kept is not None and kept.exists()
+            chosen = replace(
+                options,
+                save_reference=None if is_there else kept,
+                use_reference=kept if is_there else None,
+                text_model=texts[0] if texts else None,
+            )
+            with watch() as progress:
+                validation = run_stages(Candidate(path), part, chosen, progress=progress, notice=notice)
+            yield validation
 
 
 def stages_for(part: Part, wanted: Collection[Stage]) -> tuple[Stage, ...]:

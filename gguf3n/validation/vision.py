@@ -231,7 +231,7 @@ def _reference_rows(
 
     Raises: SourceError: texts that can't be compared in one pass; or a class below it.
     """
-    prompts = [reference.token_ids(BEFORE, after) for after in AFTER]
+    prompts = reference.prompts(BEFORE, AFTER)
     longest = prompts[-1]
     positions = [len(ids) - 1 for ids in prompts]
     if not all(ids == longest[: len(ids)] for ids in prompts):

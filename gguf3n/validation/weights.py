@@ -17,7 +17,7 @@ from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import GGUFTensor
 from gguf3n.formats.rows import Chunk, RowReader, Stored, Values, chunks
 from gguf3n.gemma3n.mapping import MappedTensor
-from gguf3n.pipeline import compiled_widen
+from gguf3n.pipeline import compiled_arithmetic
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class WeightReader:
     """Reads rows of both sides. Close it."""
 
     def __init__(self) -> None:
-        self.reader = RowReader(compiled_widen())
+        self.reader = RowReader(compiled_arithmetic())
         self.fill = self.reader.fill
 
     def source_rows(self, tensor: MappedTensor, rows: NDArray[np.int64]) -> Values:

@@ -91,20 +91,33 @@ def expand(pattern: str) -> Iterator[str]:
             yield f"{head}{i}{tail}"
 
 
-def tiny_config() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Small:
+    """A model of few weights: its layers, how many of them share keys and values, and how wide it is."""
+
+    n_layers: int
+    n_kv_shared: int
+    times: int = 1
+
+
+SMALL = {"tiny": Small(22, 2), "tiny-e4b": Small(35, 15), "mid-e4b": Small(35, 15, times=6)}
+"""The last is for measurements: 1.5 GB."""
+
+
+def tiny_config(size: str = "tiny") -> dict[str, Any]:
     """E2B's config.json with every size that is free made small."""
     config: dict[str, Any] = json.loads((CONFIGS / "gemma-3n-e2b.json").read_text("utf-8"))
-    n_layers, n_pieces, n_soft = 22, 1024, 32
+    n_layers, times, n_pieces, n_soft = SMALL[size].n_layers, SMALL[size].times, 1024, 32
     sliding = [(i + 1) % 5 != 0 for i in range(n_layers - 1)] + [False]
     config["text_config"] |= {
         "vocab_size": n_pieces + 2 * n_soft,
         "vocab_size_per_layer_input": n_pieces,
-        "hidden_size": 256,
-        "intermediate_size": [512] * n_layers,
+        "hidden_size": 256 * times,
+        "intermediate_size": [512 * times] * n_layers,
         "num_hidden_layers": n_layers,
-        "num_kv_shared_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_kv_shared_layers": SMALL[size].n_kv_shared,
+        "num_attention_heads": 4 * times,
+        "num_key_value_heads": 2 * times,
         "head_dim": 64,
         "max_position_embeddings": 4096,
         "sliding_window": 32,
@@ -124,7 +137,7 @@ def tiny_config() -> dict[str, Any]:
 
 
 def tiny_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tiny model's tensors: E2B's names, their sizes scaled down."""
+    """A tiny model's tensors: the names of a published size, their sizes scaled down."""
     text = config["text_config"]
     n_layers, hidden, per_layer = text["num_hidden_layers"], text["hidden_size"], text["hidden_size_per_layer_input"]
     heads, kv_heads, head_dim = text["num_attention_heads"], text["num_key_value_heads"], text["head_dim"]
@@ -141,9 +154,10 @@ def tiny_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "q_norm": (head_dim,),
         "k_norm": (head_dim,),
     }
-    lengths = {2048: hidden, 8192: text["intermediate_size"][0]}
+    lengths = {2048: hidden, 8192: text["intermediate_size"][0], 16384: text["intermediate_size"][0]}
     shapes = {}
-    for name, shape in read_inventory(INVENTORIES / "gemma-3n-e2b.json").items():
+    published = "gemma-3n-e2b.json" if n_layers <= 30 else "gemma-3n-e4b.json"
+    for name, shape in read_inventory(INVENTORIES / published).items():
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= n_layers:
             continue
@@ -274,8 +288,8 @@ def sorted_without_nulls(config: dict[str, Any]) -> dict[str, Any]:
 
 def plan(options: Options) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """The config in the published layout, and the tensors to write: published name -> shape."""
-    if options.size == "tiny":
-        config = tiny_config()
+    if options.size in SMALL:
+        config = tiny_config(options.size)
         shapes = tiny_shapes(config)
     else:
         config = json.loads((CONFIGS / f"gemma-3n-{options.size}.json").read_text("utf-8"))
@@ -332,7 +346,7 @@ def write_safetensors(
 
 
 def model_card(options: Options) -> str:
-    base = "google/gemma-3n-E4B-it" if options.size == "e4b" else "google/gemma-3n-E2B-it"
+    base = "google/gemma-3n-E4B-it" if options.size.endswith("e4b") else "google/gemma-3n-E2B-it"
     return f"""\
 ---
 license: gemma
@@ -389,7 +403,7 @@ def full_size_tokenizer() -> dict[str, bytes]:
 
 def tokenizer_of(options: Options) -> dict[str, bytes]:
     """The tokenizer files that were asked for: name -> contents."""
-    if options.size == "tiny":
+    if options.size in SMALL:
         files = {path.name: path.read_bytes() for path in sorted(TOKENIZER.iterdir())}
     else:
         files = full_size_tokenizer()
@@ -424,7 +438,7 @@ def make(directory: Path, options: Options) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
     if options.multimodal:
-        image_size = towers.IMAGE_SIZE if options.size == "tiny" else towers.FULL_IMAGE_SIZE
+        image_size = towers.IMAGE_SIZE if options.size in SMALL else towers.FULL_IMAGE_SIZE
         texts |= towers.processor_files(image_size)
     for name, text in texts.items():
         (directory / name).write_text(text, "utf-8")

@@ -9,10 +9,20 @@ import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import typer
+
+import gguf3n
+from gguf3n.cli import app
+from gguf3n.errors import Gguf3nError
+from gguf3n.formats.byte_source import HeaderInMemory
+from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType
+from gguf3n.formats.gguf_reader import GGUFArray, read_header
+from gguf3n.formats.gguf_writer import lay_out
 from workshop import checkpoint_fuzzing, fuzzing, hostile
 
 FILE, SOUND, OUT = "FILE", "SOUND", "OUT"
@@ -45,8 +55,6 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 @cache
 def sound(qtype: str) -> bytes:
     """A sound file, its tensors in F16, BF16 or F32."""
-    import gguf3n
-
     folder = Path(tempfile.mkdtemp(prefix="gguf3n-fuzz-"))
     try:
         for name, data in checkpoint_fuzzing.sources().items():
@@ -57,27 +65,18 @@ def sound(qtype: str) -> bytes:
         shutil.rmtree(folder)
 
 
-def _header_bytes(data: bytes) -> int:
-    from gguf3n.formats.byte_source import HeaderInMemory
-    from gguf3n.formats.gguf_reader import read_header
+@dataclass(frozen=True)
+class _Contents:
+    """A sound file's keys, and its tensors' names, shapes and types."""
 
-    return read_header(HeaderInMemory("sound", data, len(data))).header_bytes
-
-
-def _mutate_header(data: bytes, rng: random.Random) -> bytes:
-    n_header = _header_bytes(data)
-    cut = rng.choice((n_header, min(n_header, 6000)))  # most of a header is its vocabulary
-    start = rng.choice((0, n_header - cut))
-    return data[:start] + fuzzing.mutate(data[start : start + cut], rng) + data[start + cut :]
+    keys: tuple[KeyValue, ...]
+    tensors: tuple[tuple[str, tuple[int, ...], QType], ...]
+    header_bytes: int
 
 
-def _remake(data: bytes, rng: random.Random) -> bytes:
-    """The same file with some keys and tensors of other types, values and shapes, well formed."""
-    from gguf3n.formats.byte_source import HeaderInMemory
-    from gguf3n.formats.gguf_layout import KeyValue, QType
-    from gguf3n.formats.gguf_reader import GGUFArray, read_header
-    from gguf3n.formats.gguf_writer import lay_out
-
+@cache
+def _contents(qtype: str) -> _Contents:
+    data = sound(qtype)
     gguf = read_header(HeaderInMemory("sound", data, len(data)))
     keys = [
         KeyValue(key.name, key.type, key.value.tolist(), key.value.element_type)
@@ -85,7 +84,21 @@ def _remake(data: bytes, rng: random.Random) -> bytes:
         else KeyValue(key.name, key.type, key.value)
         for key in gguf.all_keys
     ]
-    table = [(tensor.name, tensor.shape, tensor.qtype) for tensor in gguf.all_tensors]
+    tensors = [(tensor.name, tensor.shape, tensor.qtype) for tensor in gguf.all_tensors]
+    return _Contents(tuple(keys), tuple(tensors), gguf.header_bytes)
+
+
+def _mutate_header(qtype: str, rng: random.Random) -> bytes:
+    data, n_header = sound(qtype), _contents(qtype).header_bytes
+    cut = rng.choice((n_header, min(n_header, 6000)))  # most of a header is its vocabulary
+    start = rng.choice((0, n_header - cut))
+    return data[:start] + fuzzing.mutate(data[start : start + cut], rng) + data[start + cut :]
+
+
+def _remake(qtype: str, rng: random.Random) -> bytes:
+    """The same file with some keys and tensors of other types, values and shapes, well formed."""
+    data, contents = sound(qtype), _contents(qtype)
+    keys, table = list(contents.keys), list(contents.tensors)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(keys))
         choice = rng.random()
@@ -95,20 +108,20 @@ def _remake(data: bytes, rng: random.Random) -> bytes:
             del keys[at]
         else:
             at = rng.randrange(len(table))
-            name, shape, qtype = table[at]
+            name, shape, kind = table[at]
             if choice < 0.8:
-                qtype = rng.choice(list(QType))
+                kind = rng.choice(list(QType))
             elif choice < 0.95:
                 shape = _other_shape(shape, rng)
             else:
                 name = rng.choice(("", "a", "blk.0.attn_q.weight", "x" * 70, "blk.99.attn_q.weight", "\n\x1b[31m"))
-            table[at] = (name, shape, qtype)
+            table[at] = (name, shape, kind)
     try:
         layout = lay_out(keys, table)
     except (ValueError, OverflowError):  # rows that hold no whole blocks
-        return _mutate_header(data, rng)
+        return _mutate_header(qtype, rng)
     n_data = min(max(layout.total_bytes - len(layout.header), 0), 4 << 20)
-    return layout.header + (data[gguf.header_bytes :] + bytes(n_data))[:n_data]
+    return layout.header + (data[contents.header_bytes :] + bytes(n_data))[:n_data]
 
 
 def _other_shape(shape: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
@@ -125,9 +138,7 @@ def _other_shape(shape: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     return tuple(changed[:4])
 
 
-def _other_value(key: Any, rng: random.Random) -> Any:
-    from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
-
+def _other_value(key: KeyValue, rng: random.Random) -> KeyValue:
     scalars: dict[Any, Sequence[Any]] = {
         GGUFValueType.UINT32: (0, 1, 2, 3, 255, 2**31, 2**32 - 1),
         GGUFValueType.INT32: (-1, 0, 1, 2**31 - 1, -(2**31)),
@@ -155,20 +166,21 @@ def _other_value(key: Any, rng: random.Random) -> Any:
 def make(path: Path, number: int) -> None:
     """The file of this number."""
     rng = random.Random(number)
-    data = sound(rng.choice(("F16", "BF16", "F32")))
-    broken = _remake(data, rng) if rng.random() < 0.6 else _mutate_header(data, rng)
+    qtype = rng.choice(("F16", "BF16", "F32"))
+    broken = _remake(qtype, rng) if rng.random() < 0.6 else _mutate_header(qtype, rng)
     if rng.random() < 0.1:
         broken = hostile.mutate_bytes(broken, rng)
     path.write_bytes(broken)
 
 
+@cache
+def _command() -> Any:
+    """The whole command line. Why not `main`: its last resort would hide what is looked for."""
+    return typer.main.get_command(app)
+
+
 def check(number: int) -> str:
     """One broken file through one command; what became of it."""
-    import click
-
-    from gguf3n.cli import app
-    from gguf3n.errors import Gguf3nError
-
     folder = Path(tempfile.mkdtemp(prefix="gguf3n-fuzz-", dir="/dev/shm"))
     places = {FILE: folder / "broken.gguf", SOUND: folder / "sound.gguf", OUT: folder / "out.gguf"}
     command = COMMANDS[number % len(COMMANDS)]
@@ -182,12 +194,12 @@ def check(number: int) -> str:
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(nowhere),
         ):
-            result = app(words, standalone_mode=False)
+            result = _command()(words, standalone_mode=False)
         return f"exit {result or 0}"
     except Gguf3nError as error:
         str(error).encode("utf-8", "backslashreplace")
         return type(error).__name__
-    except click.exceptions.Exit as left:
+    except typer.Exit as left:
         return f"exit {left.exit_code}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

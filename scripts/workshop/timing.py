@@ -13,6 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+COPY = (
+    "import sys\n"
+    "with open(sys.argv[1], 'rb', buffering=0) as source, open(sys.argv[2], 'wb', buffering=0) as target:\n"
+    "    while data := source.read(1 << 24): target.write(data)\n"
+)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -60,6 +66,11 @@ def measure(command: list[str], output: Path, *, keep: bool = False) -> Figure:
     if not keep:
         output.unlink()
     return figure
+
+
+def copy_command(source: Path, target: Path) -> list[str]:
+    """A process that copies a file as plainly as can be."""
+    return [sys.executable, "-c", COPY, str(source), str(target)]
 
 
 def together(figures: list[Figure]) -> Figure:

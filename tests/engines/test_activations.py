@@ -240,7 +240,8 @@ def test_activations_that_are_not_finite(make_checkpoint: Callable[..., Path], t
     """One weight of a norm is NaN: the layer is named."""
     source = tmp_path / "broken"
     shutil.copytree(make_checkpoint(), source)
-    tensor = read_tensor_table(source)["model.language_model.layers.4.pre_feedforward_layernorm.weight"]
+    (tensor,) = read_tensor_table(source)["model.language_model.layers.4.pre_feedforward_layernorm.weight"].stored
+    assert isinstance(tensor.file, Path)
     with open(tensor.file, "r+b") as file:
         file.seek(tensor.offset)
         file.write(b"\xc0\x7f")

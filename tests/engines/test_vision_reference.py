@@ -44,7 +44,7 @@ def test_the_same_as_the_whole_model(seeing: Path, reference: VisionReference) -
         return_tensors="pt",
         add_special_tokens=False,
     )
-    ids = reference.token_ids(BEFORE, AFTER)
+    (ids,) = reference.prompts(BEFORE, [AFTER])
     assert inputs["input_ids"][0].tolist() == ids
     with torch.no_grad():
         expected = reference._model(**inputs).logits[0].double().log_softmax(-1).numpy()
@@ -55,7 +55,7 @@ def test_the_same_as_the_whole_model(seeing: Path, reference: VisionReference) -
 
 
 def test_what_is_given_changes_what_is_said(reference: VisionReference) -> None:
-    ids = reference.token_ids(BEFORE, AFTER)
+    (ids,) = reference.prompts(BEFORE, [AFTER])
     pixels = WIDE.pixels()
     squashed, as_llama_cpp = (reference.see(each) for each in (reference.squashed(pixels), padded(pixels, 256)))
     nothing = EndRows(np.zeros(256, np.float32), np.zeros(22 * 256, np.float32))

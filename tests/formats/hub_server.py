@@ -98,6 +98,11 @@ class HubServer:
     n_sent: Counter[str] = field(default_factory=Counter)
     requests: list[Request] = field(default_factory=list)
 
+    @property
+    def handler(self) -> type[Handler]:
+        """What answers; a Hub that can be written to has another (see hub_uploads.py)."""
+        return Handler
+
     def __post_init__(self) -> None:
         self._servers = {host: _listen(self, host) for host in ("hub", "cdn")}
 
@@ -133,7 +138,7 @@ class HubServer:
 
 
 def _listen(hub: HubServer, host: str) -> ThreadingHTTPServer:
-    handler = type("Handler", (_Handler,), {"hub": hub, "host": host})
+    handler = type("Handler", (hub.handler,), {"hub": hub, "host": host})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False
@@ -141,7 +146,7 @@ def _listen(hub: HubServer, host: str) -> ThreadingHTTPServer:
     return server
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or every answer waits 40 ms for a delayed acknowledgement
     hub: HubServer
@@ -248,9 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
 
-    def send_json(self, value: Any) -> None:
+    def send_json(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if self.hub.warning is not None:

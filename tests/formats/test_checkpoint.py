@@ -45,7 +45,10 @@ def test_a_good_file_is_a_list_in_the_order_of_offsets(tmp_path: Path) -> None:
         Stored("a", "F32", (2, 3), path, start),
         Stored("b", "BF16", (4,), path, start + 24),
     ]
-    assert {tensor.name: tensor.stored_bytes for tensor in read_tensor_table(tmp_path).values()} == {"a": 24, "b": 8}
+    assert {name: tensor.rows[0].stored_bytes for name, tensor in read_tensor_table(tmp_path).items()} == {
+        "a": 24,
+        "b": 8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -251,13 +254,15 @@ NOT_CHECKPOINTS: dict[str, tuple[list[str], str, str]] = {
     "empty directory": ([], "no checkpoint here", "an empty directory"),
     "config only": (["config.json", "tokenizer.json"], "no checkpoint here", "config.json, tokenizer.json"),
     "many files": ([f"{c}.txt" for c in "abcdef"], "no checkpoint here", "a.txt, b.txt, c.txt, d.txt, e.txt, …"),
-    "PEFT adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter", "merge_and_unload"),
+    "PEFT adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter", "--adapter"),
     "FSDP shards": (["__0_0.distcp", ".metadata"], "FSDP", "accelerate merge-weights"),
-    "FSDP file": (["pytorch_model_fsdp_0.bin"], "FSDP", "accelerate merge-weights"),
+    "FSDP folder": (["pytorch_model_fsdp_0"], "FSDP", "pytorch_model_fsdp_0 DIR"),
+    "FSDP file": (["pytorch_model_fsdp.bin"], "FSDP", "save_file"),
+    "files of FSDP's ranks": (["pytorch_model_fsdp_rank0.bin"], "pickle of its own", "FULL_STATE_DICT"),
     "DeepSpeed script": (["zero_to_fp32.py", "latest"], "DeepSpeed", "zero_to_fp32.py"),
     "DeepSpeed shards": (["global_step500"], "DeepSpeed", "zero_to_fp32.py"),
-    "pickle": (["config.json", "pytorch_model.bin"], "pickle", "save_pretrained"),
-    "pickle shards": (["pytorch_model-00001-of-00002.bin"], "pickle", "save_pretrained"),
+    "pickle": (["config.json", "pytorch_model.bin"], "pickle", "save_file"),
+    "pickle shards": (["pytorch_model-00001-of-00002.bin"], "pickle", "save_file"),
     "GGUF": (["gemma-3n-E4B-it-Q4_K_M.gguf"], "GGUF", "Hugging Face checkpoint"),
     "safetensors of another name": (["weights.safetensors"], "no checkpoint here", "weights.safetensors"),
 }
@@ -307,8 +312,8 @@ def test_what_the_safetensors_library_writes(
     path.write_bytes(safetensors.numpy.save(arrays, metadata))
     table = read_tensor_table(tmp_path)
     data = path.read_bytes()
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in table.items()} == specs
-    for name, tensor in table.items():
+    assert {name: (*tensor.dtypes, tensor.shape) for name, tensor in table.items()} == specs
+    for name, (tensor,) in ((name, tensor.stored) for name, tensor in table.items()):
         assert data[tensor.offset : tensor.offset + tensor.stored_bytes] == arrays[name].tobytes()
 
 
@@ -362,6 +367,6 @@ def test_any_json_is_a_checkpoint_error_or_an_empty_checkpoint(
 ) -> None:
     write(tmp_path, value)
     try:
-        assert not [tensor for tensor in read_tensor_table(tmp_path).values() if tensor.stored_bytes]
+        assert not [tensor for tensor in read_tensor_table(tmp_path).values() if tensor.rows[0].stored_bytes]
     except CheckpointError as error:
         assert str(tmp_path) in str(error)

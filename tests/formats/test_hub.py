@@ -34,13 +34,18 @@ from gguf3n.formats import hub
 for options in json.loads(sys.argv[1]):
     table = options.pop("table", False)
     exec(options.pop("before", ""))
+    is_adapter = options.pop("adapter", False)
     try:
+        if is_adapter:
+            print(json.dumps({"directory": str(hub.fetch_adapter(**options))}))
+            continue
         fetched = hub.fetch_checkpoint(**options)
         result = dataclasses.asdict(fetched)
         if table:
             result["table"] = [
                 (t.name, t.dtype, t.shape, t.file, t.offset, t.error)
-                for t in hub.fetch_tensor_table(fetched).values()
+                for tensor in hub.fetch_tensor_table(fetched).values()
+                for t in tensor.stored
             ]
     except Gguf3nError as error:
         result = error.as_dict() | {"text": str(error)}
@@ -48,7 +53,8 @@ for options in json.loads(sys.argv[1]):
         result = {"error": "KeyboardInterrupt"}
     print(json.dumps(result, default=str))
 """
-"""Prints what each `fetch_checkpoint` gives or raises; `before`: code to run first, `table`: with the tensor table."""
+"""Prints what each `fetch_checkpoint` gives or raises; `before`: code to run first, `table`: with the tensor table,
+`adapter`: of `fetch_adapter` instead."""
 
 
 @dataclass
@@ -416,6 +422,23 @@ class TestBrokenDownloads:
         assert error["error"] == "OutputError" and str(client.home) in error["what"]
 
 
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": safetensors(a=10)}
+
+
+def test_an_adapter(server: HubServer, client: Client) -> None:
+    """Its two files and no other, from the Hub and then from the cache; an incomplete one is an error."""
+    server.add("org/adapter", ADAPTER | {"optimizer.pt": b"large", "README.md": b"#"})
+    server.add("org/inside", {f"checkpoint-1/{name}": data for name, data in ADAPTER.items()})
+    adapter = {"adapter": True, "repo_id": "org/adapter"}
+    found, inside = client.fetch_each(adapter, {"adapter": True, "repo_id": "org/inside"})
+    assert stored(found) == ADAPTER
+    assert inside["error"] == "HubError" and "no adapter at the top" in inside["what"]
+    assert "checkpoint-1/adapter_config.json" in inside["found"]
+    cached, missing = client.offline().fetch_each(adapter, {"adapter": True, "repo_id": "org/other"})
+    assert cached == found
+    assert missing["error"] == "HubError" and "HF_HUB_OFFLINE" in missing["what"]
+
+
 UNUSABLE: dict[str, tuple[dict[str, bytes], str, str]] = {
     "pickle": ({"config.json": b"{}", "pytorch_model.bin": b""}, "PyTorch's pickle format", "pytorch_model.bin"),
     "gguf": ({f"m-{i}.gguf": b"" for i in range(9)}, "GGUF files, already converted", "and 4 more"),
@@ -463,7 +486,9 @@ class TestTensorTable:
         assert whole == [False] * len(complete["weights"]) + [True] * len(complete["weights"])
         local = read_tensor_table(Path(complete["directory"]))
         assert from_headers["table"] == [
-            [t.name, t.dtype, list(t.shape), str(t.file), t.offset, str(t.error)] for t in local.values()
+            [t.name, t.dtype, list(t.shape), str(t.file), t.offset, str(t.error)]
+            for tensor in local.values()
+            for t in tensor.stored
         ]
         assert client.offline().fetch(table=True)["table"] == from_headers["table"]
 

@@ -56,22 +56,22 @@ def test_other_bytes_are_named(server: HubServer, client: Client) -> None:
 
 def test_what_was_checked_is_not_read_again(server: HubServer, client: Client) -> None:
     server.add(NAME, SINGLE)
-    count = "hub._digest = (lambda path, **o: sys.stderr.write(f'hashed {path.name}\\n') and DIGEST(path, **o))"
-    client.fetch_each({"before": f"DIGEST = hub._digest; {count}"}, {})
+    count = "hub.file_hash = (lambda path, **o: sys.stderr.write(f'hashed {path.name}\\n') and DIGEST(path, **o))"
+    client.fetch_each({"before": f"DIGEST = hub.file_hash; {count}"}, {})
     assert sorted(line.split()[1] for line in client.stderr.splitlines() if line.startswith("hashed")) == sorted(SINGLE)
 
 
 def test_ctrl_c_while_it_is_checked_leaves_it_unchecked(server: HubServer, client: Client) -> None:
     server.add(NAME, SINGLE)
     stop = """
-DIGEST = hub._digest
+DIGEST = hub.file_hash
 def interrupted(path, **options):
     if path.name == "model.safetensors":
         raise KeyboardInterrupt
     return DIGEST(path, **options)
-hub._digest = interrupted
+hub.file_hash = interrupted
 """
-    first, second = client.fetch_each({"before": stop}, {"before": "hub._digest = DIGEST"})
+    first, second = client.fetch_each({"before": stop}, {"before": "hub.file_hash = DIGEST"})
     assert first == {"error": "KeyboardInterrupt"}
     assert stored(second) == SINGLE
 

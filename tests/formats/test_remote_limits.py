@@ -280,7 +280,7 @@ def test_a_server_is_left_alone_as_long_as_it_wants(
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("wait", ["3600", "9" * 400, in_seconds(7200)])
+@pytest.mark.parametrize("wait", ["3600", "9" * 400, in_seconds(7200)], ids=["an-hour", "digits", "a-date"])
 def test_a_server_that_wants_more_than_that(wait: str) -> None:
     started = time.monotonic()
     with serving(sends(busy(wait))) as (url, seen), pytest.raises(HubError, match="left alone") as error:

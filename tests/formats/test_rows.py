@@ -23,13 +23,19 @@ from gguf3n.formats.rows import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
     ROW_GROUP,
+    WITH_NUMPY,
     Chunk,
     LowRank,
+    OfLength,
+    Padded,
     Repeated,
     RowReader,
     Rows,
+    Scaled,
+    SideBySide,
     SourceTensor,
     Stored,
+    Transposed,
     Values,
     View,
     Zeros,
@@ -37,10 +43,12 @@ from gguf3n.formats.rows import (
     cut,
     dequantize_into,
     largest_magnitude,
+    some_columns,
+    some_rows,
     stored_tensors,
     widen_with_numpy,
 )
-from gguf3n.pipeline import compiled_widen
+from gguf3n.pipeline import compiled_arithmetic
 
 N_ROWS, N_PER_ROW = 40, 64
 
@@ -96,7 +104,7 @@ def store(
 
 @pytest.fixture(params=["numpy", "compiled"])
 def reader(request: pytest.FixtureRequest) -> Iterator[RowReader]:
-    with closing(RowReader(compiled_widen() if request.param == "compiled" else None)) as reader:
+    with closing(RowReader(compiled_arithmetic() if request.param == "compiled" else None)) as reader:
         yield reader
 
 
@@ -179,13 +187,13 @@ def one_row_repeated(directory: Path) -> Made:
 @form
 def stored_rows_cut_out(directory: Path) -> Made:
     stored, values = store(directory, "Q8_0")
-    return cut(stored, 11, 5), values[11:16]
+    return cut(stored, range(11, 16)), values[11:16]
 
 
 @form
 def rows_of_a_view_cut_out(directory: Path) -> Made:
     stored, values = store(directory, "F16")
-    return cut(View(stored, range(4, 30), (range(8),)), 6, 9), values[10:19, :8]
+    return cut(View(stored, range(4, 30), (range(8),)), range(6, 15)), values[10:19, :8]
 
 
 @form
@@ -196,6 +204,18 @@ def a_view_of_a_view(directory: Path) -> Made:
     return View(inner, range(3, 20), (range(30, 40), range(4))), np.hstack([values[:, 32:], values[:, :32]])[
         10:30, columns
     ][3:20]
+
+
+@form
+def padded(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Padded(stored, 100), np.hstack([values, np.zeros((N_ROWS, 36), np.float32)])
+
+
+@form
+def a_padded_view(directory: Path) -> Made:
+    rows, values = a_view_of_runs_of_columns(directory)
+    return Padded(rows, 40), np.hstack([values, np.zeros((len(values), 4), np.float32)])
 
 
 def low_rank(base: Rows, values: NDArray[np.float32], directory: Path, dtype: str, scale: float) -> Made:
@@ -233,10 +253,72 @@ def a_view_of_low_rank(directory: Path) -> Made:
 
 
 @form
+def transposed(directory: Path) -> Made:
+    stored, values = store(directory, "BF16")
+    return Transposed(stored), np.ascontiguousarray(values.T)
+
+
+@form
+def low_rank_of_transposed_factors(directory: Path) -> Made:
+    """As of an embedding."""
+    base, values = store(directory, "BF16")
+    a, a_values = store(directory, "F32", (64, 3), seed=1)
+    b, b_values = store(directory, "F16", (3, 40), seed=2)
+    added = np.zeros(values.shape)
+    for k in range(3):
+        added += b_values[k, :, None].astype(np.float64) * a_values[:, k].astype(np.float64)
+    return LowRank(base, Transposed(a), Transposed(b), 0.3), (values + 0.3 * added).astype(np.float32)
+
+
+def of_length(base: Rows, values: NDArray[np.float32], directory: Path) -> Made:
+    """Squares added one by one."""
+    lengths, length_values = store(directory, "F32", (base.n_rows,), seed=3)
+    made = np.empty_like(values)
+    for row, length, out in zip(values.astype(np.float64), length_values.astype(np.float64).flat, made, strict=True):
+        total = 0.0
+        for value in row:
+            total += value * value
+        out[:] = row * (length / np.sqrt(total))
+    return OfLength(base, lengths), made
+
+
+@form
+def rows_of_a_length(directory: Path) -> Made:
+    return of_length(*store(directory, "BF16"), directory)
+
+
+@form
+def low_rank_of_a_length(directory: Path) -> Made:
+    """As of DoRA."""
+    return of_length(*low_rank(*store(directory, "BF16"), directory, "F32", 1.5), directory)
+
+
+@form
+def scaled(directory: Path) -> Made:
+    base, values = store(directory, "F32")
+    return Scaled(base, np.sqrt(5)), (np.float64(values) * np.sqrt(5)).astype(np.float32)
+
+
+@form
 def low_rank_of_low_rank(directory: Path) -> Made:
     (directory / "more").mkdir()
     inner = low_rank(*store(directory, "F32"), directory, "BF16", 0.5)
     return low_rank(*inner, directory / "more", "F32", 0.25)
+
+
+@form
+def side_by_side(directory: Path) -> Made:
+    """Columns of several files, in several dtypes, one of them a view."""
+    left, left_values = store(directory, "BF16", (40, 32), seed=1)
+    right, right_values = store(directory, "F32", (40, 3), seed=2)
+    view, view_values = View(left, range(40), (range(2, 9),)), left_values[:, 2:9]
+    return SideBySide((left, right, view)), np.hstack([left_values, right_values, view_values])
+
+
+@form
+def side_by_side_in_one_row(directory: Path) -> Made:
+    parts = [store(directory, "F16", (n,), seed=n) for n in (1, 31, 7)]
+    return SideBySide(tuple(rows for rows, _ in parts)), np.hstack([values.reshape(1, -1) for _, values in parts])
 
 
 every_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
@@ -286,8 +368,17 @@ def test_forms_that_differ_are_other_keys(tmp_path: Path) -> None:
         merged,
         replace(merged, scale=2.0),
         replace(merged, a=replace(a, offset=9)),
+        Scaled(stored, 2.0),
+        Scaled(stored, 3.0),
         View(merged, range(4), (range(64),)),
         replace(merged, base=View(stored, range(40), (range(64),))),
+        SideBySide((stored,)),
+        SideBySide((stored, Zeros(40, 64))),
+        SideBySide((Zeros(40, 64), stored)),
+        Padded(stored, 65),
+        Padded(stored, 66),
+        Padded(view, 65),
+        cut(stored, range(1, 5)),
     ]
     assert len(set(forms)) == len(forms)
 
@@ -302,11 +393,20 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert [rows.origin for rows in (stored, view)] == [where, where]
     assert merged.origin == f"{where} with {tmp_path / 'F16-1'}: tensor 'F16.weight'"
     assert [rows.dtypes for rows in (stored, Zeros(9, 9), view, merged)] == [{"BF16"}, set(), {"BF16"}, {"F32"}]
+    beside = SideBySide((b, stored, Zeros(40, 2)))
+    assert (beside.stored_bytes, beside.dtypes) == (40 * 12 + 40 * 128, {"F32", "BF16"})
+    assert (beside.origin, beside.n_rows, beside.n_per_row) == (b.origin, 40, 3 + 64 + 2)
+    scaled, padded, turned, long = Scaled(view, 2.0), Padded(view, 9), Transposed(a), OfLength(merged, b)
+    assert (scaled.stored_bytes, scaled.origin, scaled.dtypes) == (10 * 128, where, {"F32"})
+    assert (padded.stored_bytes, padded.origin, padded.dtypes) == (10 * 128, where, {"BF16"})
+    assert [rows.stored for rows in (stored, view, padded, scaled, Repeated(view, 3, 9))] == [(stored,)] * 5
+    assert (Zeros(9, 9).stored, turned.stored, beside.stored) == ((), (a,), (b, stored))
+    assert (merged.stored, View(long, range(2), (range(9),)).stored) == ((stored, a, b), (stored, a, b, b))
     quantized, _ = store(tmp_path, "Q4_0")
     assert (quantized.row_bytes, quantized.stored_bytes) == (36, 40 * 36)
     assert (quantized.in_rows_of(32).row_bytes, quantized.in_rows_of(32).stored_bytes) == (18, 40 * 36)
     tensor = SourceTensor("x", (59, 64), (stored, Zeros(9, 64), view))
-    assert (tensor.dtypes, tensor.origin) == ({"BF16"}, where)
+    assert (tensor.dtypes, tensor.origin, tensor.stored) == ({"BF16"}, where, (stored, stored))
     assert stored_tensors([stored, a]) == {
         "BF16.weight": SourceTensor("BF16.weight", (40, 64), (stored,)),
         "F16.weight": SourceTensor("F16.weight", (3, 64), (a,)),
@@ -314,9 +414,57 @@ def test_what_is_known_of_the_forms(tmp_path: Path) -> None:
     assert set(FLOAT_DTYPES) <= set(DTYPE_BYTES)
 
 
+def test_rows_that_are_cut_are_of_the_form_that_is_read_fastest(tmp_path: Path) -> None:
+    stored, _ = store(tmp_path, "BF16")
+    view = View(stored, range(4, 14), (range(5),))
+    assert cut(stored, range(40)) is stored
+    assert cut(stored, range(7, 9)) == replace(stored, shape=(2, 64), offset=5 + 7 * 128)
+    assert cut(Zeros(9, 3), range(2, 4)) == Zeros(2, 3)
+    assert cut(view, range(2, 4)) == View(view, range(2, 4), (range(5),))
+
+
+def test_some_rows_and_columns_of_several_forms(tmp_path: Path, reader: RowReader) -> None:
+    """Whatever range is taken of forms that stand one below the other; whole forms stay what they are."""
+    forms = [store(tmp_path, "BF16"), zeros(tmp_path), low_rank(*store(tmp_path, "F32"), tmp_path, "F16", 1.0)]
+    wide = (forms[0], (Zeros(9, N_PER_ROW), np.zeros((9, N_PER_ROW), np.float32)), forms[2])
+    every, values = [form for form, _ in wide], np.vstack([value for _, value in wide])
+    n = len(values)
+    for wanted in (range(n), range(3, n - 3), range(39, 42), range(41, 47), range(50, 51), range(2)):
+        taken = some_rows(every, wanted)
+        found = np.vstack([read(form, reader)[0] for form in taken])
+        assert np.array_equal(found, values[wanted.start : wanted.stop])
+    assert some_rows(every, range(n)) == tuple(every)
+    assert [type(form) for form in some_rows(every, range(39, 50))] == [Stored, Zeros, View]
+    runs = (range(7, 9), range(60, 64))
+    found = np.vstack([read(form, reader)[0] for form in some_columns(every, runs)])
+    assert np.array_equal(found, values[:, [7, 8, 60, 61, 62, 63]])
+    assert some_columns(every, (range(N_PER_ROW),)) == tuple(every)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_bytes_of_a_view_are_those_of_the_file(dtype: str, tmp_path: Path, reader: RowReader) -> None:
+    stored, values = store(tmp_path, dtype)
+    view = View(stored, range(5, 30), (range(3, 9), range(60, 64)))
+    raw = reader.read_raw(view, 2, 4)
+    assert raw is not None and raw.tobytes() == raw_bytes(np.hstack([values[7:11, 3:9], values[7:11, 60:64]]), dtype)[0]
+    whole = reader.read_raw(stored, 0, N_ROWS)
+    assert whole is not None and whole.tobytes() == raw_bytes(values, dtype)[0]
+    for form in (
+        Zeros(4, 4),
+        Padded(stored, 70),
+        View(view, range(2), (range(4),)),
+        View(quantized(tmp_path), range(2), (range(4),)),
+    ):
+        assert reader.read_raw(form, 0, 2) is None
+
+
+def quantized(directory: Path) -> Stored:
+    return store(directory, "Q8_0")[0]
+
+
 def test_the_compiled_values_are_those_of_numpy() -> None:
     """Every value of 16 bits."""
-    widen = compiled_widen()
+    widen = compiled_arithmetic().widen
     every = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
     for dtype in ("BF16", "F16"):
         one, two = np.empty(1 << 16, np.float32), np.empty(1 << 16, np.float32)
@@ -353,9 +501,16 @@ def test_what_is_not_finite_is_told_by_every_form(dtype: str, value: float, tmp_
     (tmp_path / "a").write_bytes(np.ones((1, 32), np.float32).tobytes())
     stored, factor = Stored("x", dtype, (6, 32), tmp_path / "x", 0), Stored("a", "F32", (1, 32), tmp_path / "a", 0)
     column = Stored("b", "F32", (6, 1), tmp_path / "a", 0)
-    for rows in (stored, View(stored, range(6), (range(32),)), LowRank(stored, factor, column, 1.0)):
-        assert np.isfinite(reader.fill(rows, 0, np.empty((3, 32), np.float32)))
-        assert not np.isfinite(reader.fill(rows, 2, np.empty((2, 32), np.float32)))
+    forms = (
+        stored,
+        View(stored, range(6), (range(32),)),
+        LowRank(stored, factor, column, 1.0),
+        SideBySide((stored, Zeros(6, 2))),
+        Scaled(stored, 0.5),
+    )
+    for rows in forms:
+        assert np.isfinite(reader.fill(rows, 0, np.empty((3, rows.n_per_row), np.float32)))
+        assert not np.isfinite(reader.fill(rows, 2, np.empty((2, rows.n_per_row), np.float32)))
     without = View(stored, range(6), (range(7), range(8, 32)))
     assert reader.fill(without, 0, np.empty((6, 31), np.float32)) == 1
     spoiled = LowRank(Zeros(6, 32), factor, replace(column, file=tmp_path / "x", dtype=dtype, shape=(6, 1)), value)
@@ -374,7 +529,12 @@ def test_what_cannot_be_read_is_named(error: type[CheckpointError] | type[GGUFEr
         for missing, said in ((stored, "F32-0"), (replace(stored, file=tmp_path / "gone"), "gone")):
             if missing is stored:
                 (tmp_path / "F32-0").write_bytes(bytes(100))
-            for rows in (missing, View(missing, range(9, 40), (range(1),)), LowRank(missing, a, b, 1.0)):
+            for rows in (
+                missing,
+                View(missing, range(9, 40), (range(1),)),
+                LowRank(missing, a, b, 1.0),
+                SideBySide((Zeros(40, 1), missing)),
+            ):
                 with pytest.raises(error) as caught:
                     reader.fill(rows, 5, np.empty((10, rows.n_per_row), np.float32))
                 assert said in caught.value.what and "'F32.weight'" in caught.value.what
@@ -492,14 +652,14 @@ def test_a_factor_is_read_once_for_all_chunks(tmp_path: Path) -> None:
     assert b.reads == [(first * 8, 64) for first in range(0, 40, 8)]
 
 
-def test_another_way_to_widen(tmp_path: Path) -> None:
+def test_another_arithmetic(tmp_path: Path) -> None:
     stored, _ = store(tmp_path, "BF16")
 
     def widen(dtype: str, raw: NDArray[np.uint8], out: Values) -> float:
         out[:] = len(raw)
         return 5.0
 
-    with closing(RowReader(widen)) as reader:
+    with closing(RowReader(replace(WITH_NUMPY, widen=widen))) as reader:
         found, largest = read(stored, reader, 40)
     assert (found == 40 * 128).all() and largest == 5.0
 

@@ -6,65 +6,40 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import gguf3n.cli
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import KeyValue, QType
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.inspection.lint import CHECKS
-from tests.inspection.faults import PLANTS, set_key
+from tests.command_line import Run, plain
+from tests.inspection.faults import PLANTS, change_tensor, set_key
 
 ROOT = Path(__file__).resolve().parents[2]
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("lint", path)`: exit code and stdout."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["gguf3n", *map(str, arguments)])
-        code: Any = 0
-        try:
-            gguf3n.cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return int(code), capsys.readouterr().out
-
-    return run
-
-
-def plain(text: str) -> bool:
-    """Whether a text is fit for a pipe: no escapes, eighty columns but for a path on a line of its own."""
-    lines = text.splitlines()
-    return "\x1b" not in text and all(len(line) <= 80 or ("/" in line and " " not in line) for line in lines)
 
 
 @pytest.mark.parametrize(
     "arguments", [(), ("--keys",), ("--tensors",), ("--layers",), ("--tokens", "0:300"), ("--keys", "--layers")]
 )
 def test_inspect_fits_eighty_columns(run: Run, sound: Path, arguments: tuple[str, ...]) -> None:
-    code, out = run("inspect", sound, *arguments)
+    code, out, _ = run("inspect", sound, *arguments)
     assert code == 0 and plain(out) and out
 
 
 def test_inspect_views(run: Run, sound: Path) -> None:
-    _, out = run("inspect", sound)
+    _, out, _ = run("inspect", sound)
     assert "gemma3n" in out and "Q8_0" in out and "1,088" in out
-    _, out = run("inspect", sound, "--keys", "tokenizer.*_id", "general.file_type")
+    _, out, _ = run("inspect", sound, "--keys", "tokenizer.*_id", "general.file_type")
     assert len(out.splitlines()) == 6
     assert "tokenizer.ggml.bos_token_id" in out and "uint32" in out
-    _, out = run("inspect", sound, "--tensors", "blk.3.attn_?.weight")
+    _, out, _ = run("inspect", sound, "--tensors", "blk.3.attn_?.weight")
     assert [line.split()[0] for line in out.splitlines()[1:]] == [f"blk.3.attn_{x}.weight" for x in "qkv"]
-    _, out = run("inspect", sound, "--tokens", "2")
+    _, out, _ = run("inspect", sound, "--tokens", "2")
     assert "<bos>" in out and "control" in out
-    _, out = run("inspect", sound, "--chat-template")
+    _, out, _ = run("inspect", sound, "--chat-template")
     assert out == open_gguf(sound).value("tokenizer.chat_template")
     assert run("inspect", sound, "glob")[0] == 2
     assert run("inspect", sound, "--tokens", "5:2")[0] == 2
@@ -72,11 +47,9 @@ def test_inspect_views(run: Run, sound: Path) -> None:
 
 
 def test_inspect_layers_show_a_recipe(run: Run, copy: Path) -> None:
-    from tests.inspection.faults import change_tensor
-
     for bid in (3, 4):
         change_tensor(copy, f"blk.{bid}.ffn_down.weight", qtype=QType.Q6_K, n_source=0)
-    _, out = run("inspect", copy, "--layers")
+    _, out, _ = run("inspect", copy, "--layers")
     rows = [line.split() for line in out.splitlines()]
     assert rows[0][:4] == ["layer", "q", "k", "v"]
     (row,) = [row for row in rows if row[0] == "3-4"]
@@ -85,13 +58,13 @@ def test_inspect_layers_show_a_recipe(run: Run, copy: Path) -> None:
 
 INSPECT_KEYS = {
     "schema", "path", "parts", "version", "byte_order", "alignment", "file_bytes", "header_bytes", "architecture",
-    "encoders", "n_weights", "bits_per_weight", "types", "keys", "tensors", "layers", "chat_template",
+    "encoders", "adapter", "n_weights", "bits_per_weight", "types", "keys", "tensors", "layers", "chat_template",
 }  # fmt: skip
 
 
 def test_inspect_json(run: Run, sound: Path) -> None:
     """The schema that docs/json.md documents."""
-    _, out = run("inspect", sound, "--json")
+    _, out, _ = run("inspect", sound, "--json")
     result = json.loads(out)
     assert set(result) == INSPECT_KEYS
     assert result["schema"] == "gguf3n.inspect/1"
@@ -99,7 +72,7 @@ def test_inspect_json(run: Run, sound: Path) -> None:
     assert result["keys"]["gemma3n.activation_sparsity_scale"]["value"][-1] == "-inf"
     assert set(result["tensors"][0]) == {"name", "shape", "type", "part", "offset", "bytes"}
     assert sum(count["bytes"] for count in result["types"].values()) == sum(t["bytes"] for t in result["tensors"])
-    _, out = run("inspect", sound, "--json", "--tokens", "2:3", "--keys", "*.file_type")
+    _, out, _ = run("inspect", sound, "--json", "--tokens", "2:3", "--keys", "*.file_type")
     result = json.loads(out)
     assert list(result["keys"]) == ["general.file_type"] and "tensors" not in result
     assert [set(token) for token in result["tokens"]] == [{"id", "text", "type", "score"}] * 2
@@ -108,7 +81,7 @@ def test_inspect_json(run: Run, sound: Path) -> None:
 def test_text_of_a_file_cannot_steer_a_terminal(run: Run, copy: Path) -> None:
     set_key(copy, "general.name", VT.STRING, "a\x1b[2Jb\u202ec")
     for arguments in ((), ("--keys",)):
-        _, out = run("inspect", copy, *arguments)
+        _, out, _ = run("inspect", copy, *arguments)
         assert "\x1b" not in out and "\u202e" not in out
 
 
@@ -150,38 +123,38 @@ def test_inspect_starts_at_once(tmp_path: Path, arguments: tuple[str, ...]) -> N
 def test_lint(run: Run, copy: Path) -> None:
     assert run("lint", copy)[0] == 0
     PLANTS["chat-template"](copy)
-    code, out = run("lint", copy)
+    code, out, _ = run("lint", copy)
     assert code == 0 and "warning chat-template" in out and plain(out)
     assert run("lint", copy, "--strict")[0] == 12
     PLANTS["missing-tensor"](copy)
-    code, out = run("lint", copy, "--deep", "--quiet")
+    code, out, _ = run("lint", copy, "--deep", "--quiet")
     assert code == 12 and "error missing-tensor" in out and "blk.3.attn_q.weight" in out and plain(out)
-    code, out = run("lint", copy, "--json")
+    code, out, _ = run("lint", copy, "--json")
     result = json.loads(out)
     assert code == 12 and result["ok"] is False and result["counts"] == {"error": 1, "warning": 1, "note": 0}
     assert set(result["findings"][0]) == {"id", "severity", "meaning", "fix", "where", "what", "found"}
-    code, out = run("lint", copy, "--github")
+    code, out, _ = run("lint", copy, "--github")
     assert code == 12 and out.startswith("::error file=") and "title=missing-tensor::" in out
 
 
 def test_lint_prints_its_table(run: Run) -> None:
-    code, out = run("lint", "--checks")
+    code, out, _ = run("lint", "--checks")
     assert code == 0 and plain(out) and all(check.id in out for check in CHECKS)
-    _, out = run("lint", "--checks", "--json")
+    _, out, _ = run("lint", "--checks", "--json")
     assert [row["id"] for row in json.loads(out)["checks"]] == [check.id for check in CHECKS]
     assert run("lint")[0] == 2
 
 
 def test_repair(run: Run, copy: Path) -> None:
     PLANTS["missing-shared-kv"](copy)
-    code, out = run("repair", copy, "--dry-run")
+    code, out, _ = run("repair", copy, "--dry-run")
     assert code == 0 and "add blk.20.attn_k.weight" in out and "would be copied" in out and plain(out)
     assert run("lint", copy)[0] == 12
-    code, out = run("repair", copy)
+    code, out, _ = run("repair", copy)
     assert code == 0 and "copied to a new file" in out and plain(out)
     assert run("lint", copy)[0] == 0
     PLANTS["missing-tensor"](copy)
-    code, out = run("repair", copy, "--json")
+    code, out, _ = run("repair", copy, "--json")
     result = json.loads(out)
     assert code == 12 and [finding["id"] for finding in result["left"]] == ["missing-tensor"]
     assert result["how"] == "unchanged" and result["fixes"] == []
@@ -193,7 +166,7 @@ def test_edit(run: Run, copy: Path, tmp_path: Path) -> None:
     template, undo = tmp_path / "new.jinja", tmp_path / "undo.json"
     template.write_text("{{ bos_token }}häh")
     (tmp_path / "words.json").write_text('["a", "b"]')
-    code, out = run(
+    code, out, _ = run(
         "edit", copy, "--chat-template", template, "--set", "general.name=Name = x", "--set", "new.one:uint8=1",
         "--set", "new.two=2.5", "--set-file", f"new.words:string[]={tmp_path / 'words.json'}",
         "--unset", "general.type", "--rename", "general.size_label=general.other", "--undo-file", undo,
@@ -209,22 +182,22 @@ def test_edit(run: Run, copy: Path, tmp_path: Path) -> None:
     assert copy.read_bytes() == before
     assert run("edit", copy, "--set", "gemma3n.block_count=many")[0] == 2
     assert run("edit", copy)[0] == 2
-    code, out = run("edit", copy, "--set", "gemma3n.block_count=30", "--dry-run", "--json")
+    code, out, _ = run("edit", copy, "--set", "gemma3n.block_count=30", "--dry-run", "--json")
     assert code == 0 and json.loads(out)["how"] in ("in place", "copied")
     assert copy.read_bytes() == before
 
 
 def test_diff(run: Run, sound: Path, copy: Path) -> None:
-    code, out = run("diff", sound, copy, "--data", "--quiet")
+    code, out, _ = run("diff", sound, copy, "--data", "--quiet")
     assert code == 0 and out.startswith("the same")
     set_key(copy, "general.alignment", VT.UINT32, 64)
-    code, out = run("diff", sound, copy)
+    code, out, _ = run("diff", sound, copy)
     assert code == 0 and "alignment: 32 and 64" in out and "laid out in another way" in out
     set_key(copy, "general.name", VT.STRING, "Other" * 40)
     PLANTS["all-zero"](copy)
-    code, out = run("diff", sound, copy, "--data", "--quiet")
+    code, out, _ = run("diff", sound, copy, "--data", "--quiet")
     assert code == 12 and "general.name" in out and "blk.4.ffn_up.weight" in out and plain(out)
-    code, out = run("diff", sound, copy, "--json")
+    code, out, _ = run("diff", sound, copy, "--json")
     result = json.loads(out)
     assert code == 12 and result["equal"] is False and result["keys"][0]["name"] == "general.name"
 

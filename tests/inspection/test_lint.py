@@ -138,8 +138,19 @@ def test_progress_of_the_data(sound: Path) -> None:
     assert told[-1].done == n_bytes
 
 
+def answers(path: Path) -> tuple[list[float], list[int]]:
+    """What llama.cpp makes of a prompt and of a text, by a file."""
+    with LlamaCpp(path, n_ctx=64, n_threads=1) as model:
+        return model.next_token_logprobs(PROMPT).tolist(), model.tokenize(TEXT)
+
+
+@pytest.fixture(scope="module")
+def sound_answers(sound: Path) -> tuple[list[float], list[int]]:
+    return answers(sound)
+
+
 @pytest.mark.parametrize("check_id", [check_id for check_id in FIXES if check_id in BY_ID])
-def test_a_fault_is_mended(planted: Planted, sound: Path, check_id: str) -> None:
+def test_a_fault_is_mended(planted: Planted, sound_answers: tuple[list[float], list[int]], check_id: str) -> None:
     """And llama.cpp then says the same as of the sound file, to the bit."""
     path = planted(check_id)
     result = repair(path, only=(check_id,) if BY_ID[check_id].severity is Severity.NOTE else ())
@@ -147,9 +158,7 @@ def test_a_fault_is_mended(planted: Planted, sound: Path, check_id: str) -> None
     assert result.left == ()
     assert ids(path) == set()
     if check_id in LOADED:
-        with LlamaCpp(path, n_ctx=64) as mended, LlamaCpp(sound, n_ctx=64) as reference:
-            assert (mended.next_token_logprobs(PROMPT) == reference.next_token_logprobs(PROMPT)).all()
-            assert mended.tokenize(TEXT) == reference.tokenize(TEXT)
+        assert answers(path) == sound_answers
 
 
 @pytest.mark.parametrize("check_id", REFUSED)
@@ -157,12 +166,14 @@ def test_llama_cpp_refuses(planted: Planted, check_id: str) -> None:
     """What the table says of llama.cpp is so."""
     path = planted(check_id)
     with pytest.raises(GGUFError, match="does not load"):
-        LlamaCpp(path, n_ctx=64)
+        LlamaCpp(path, n_ctx=64, n_threads=1)
 
 
 @pytest.mark.parametrize("check_id", ABORTS)
 def test_llama_cpp_aborts(planted: Planted, check_id: str) -> None:
-    code = "import sys; from gguf3n.engines.llama_cpp import LlamaCpp; LlamaCpp(sys.argv[1]).generate('a', 1)"
+    code = (
+        "import sys; from gguf3n.engines.llama_cpp import LlamaCpp; LlamaCpp(sys.argv[1], n_threads=1).generate('a', 1)"
+    )
     command = [sys.executable, "-c", code, str(planted(check_id))]
     quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else ggml has a debugger, if there is one, print its stack
     process = subprocess.run(command, capture_output=True, check=False, timeout=120, env=quiet)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 import gguf3n
-from gguf3n.cli import main
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import QType
@@ -23,6 +21,7 @@ from gguf3n.inspection.f16_inputs import input_bounds
 from gguf3n.inspection.lint import CHECKS, Group, lint
 from gguf3n.inspection.repair import FIXES, repair
 from gguf3n.inspection.subject import Subject
+from tests.command_line import Run
 from tests.inspection.faults import (
     Plant,
     change_tensor,
@@ -247,22 +246,18 @@ def test_inspect_says_what_the_encoders_are(converted: dict[str, Path]) -> None:
     assert "chat template" not in facts
 
 
-def test_the_commands(
-    converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["gguf3n", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        assert left.value.code == 0
-        return capsys.readouterr().out
+def test_the_commands(run: Run, converted: dict[str, Path]) -> None:
+    def said_by(*arguments: object) -> str:
+        code, out, _ = run(*arguments)
+        assert code == 0
+        return out
 
     text, encoders = converted["text"], converted["audio"]
-    assert "vision blocks" in run("inspect", encoders)
-    assert json.loads(run("inspect", encoders, "--json"))["encoders"]["encoders"] == "vision and audio"
-    assert json.loads(run("inspect", text, "--json"))["encoders"] is None
-    said = run("lint", text, "--mmproj", encoders)
+    assert "vision blocks" in said_by("inspect", encoders)
+    assert json.loads(said_by("inspect", encoders, "--json"))["encoders"]["encoders"] == "vision and audio"
+    assert json.loads(said_by("inspect", text, "--json"))["encoders"] is None
+    said = said_by("lint", text, "--mmproj", encoders)
     assert said.index(str(text)) < said.index(str(encoders)) < said.index("idle-audio")
-    both = json.loads(run("lint", text, "--mmproj", encoders, "--json"))
+    both = json.loads(said_by("lint", text, "--mmproj", encoders, "--json"))
     assert both["ok"] and both["mmproj"]["ok"]
     assert [finding["id"] for finding in both["mmproj"]["findings"]] == ["idle-audio"]

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ import pytest
 import gguf3n
 import gguf3n.cli
 from gguf3n.errors import CheckpointError, GGUFError, SourceError, UsageError
-from gguf3n.formats import checkpoint
+from gguf3n.formats import checkpoint, training_folder
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.gguf_writer import lay_out
 from gguf3n.formats.rows import SourceTensor, View, Zeros
-from gguf3n.gemma3n import source as sources
 from gguf3n.gemma3n.source import open_source
 from gguf3n.inspection import statistics
 from gguf3n.inspection.network import Kind, Section, kind, place, short_name
@@ -40,10 +39,8 @@ from gguf3n.inspection.statistics import (
 )
 from gguf3n.progress import Progress
 from tests import micro
+from tests.command_line import Run, plain
 from workshop import checkpoints
-
-Run = Callable[..., tuple[int, str]]
-
 
 # the oracle
 
@@ -304,7 +301,7 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         (directory / "model.safetensors").write_bytes(b"")
         return table
 
-    monkeypatch.setattr(sources, "read_tensor_table", late)
+    monkeypatch.setattr(training_folder, "read_tensor_table", late)
     with pytest.raises(SourceError, match="became shorter") as raised:
         measure_statistics(directory)
     assert not isinstance(raised.value, CheckpointError) or raised.value.exit_code == 5
@@ -493,24 +490,9 @@ def measured(multimodal: Path) -> Iterator[Statistics]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(path, "--json")`: exit code and stdout of `gguf3n stats`."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["gguf3n", "stats", "--quiet", *map(str, arguments)])
-        code: Any = 0
-        try:
-            gguf3n.cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return int(code), capsys.readouterr().out
-
-    return run
-
-
-def plain(text: str) -> bool:
-    lines = text.splitlines()
-    return "\x1b" not in text and all(len(line) <= 80 or ("/" in line and " " not in line) for line in lines)
+def stats(run: Run) -> Run:
+    """`stats(path, "--json")`: what `gguf3n stats` says."""
+    return partial(run, "stats", "--quiet")
 
 
 TENSOR_KEYS = {
@@ -519,8 +501,8 @@ TENSOR_KEYS = {
 }  # fmt: skip
 
 
-def test_json(run: Run, multimodal: Path, measured: Statistics) -> None:
-    code, out = run(multimodal, "--json")
+def test_json(stats: Run, multimodal: Path, measured: Statistics) -> None:
+    code, out, _ = stats(multimodal, "--json")
     result = json.loads(out)
     assert code == 0 and result["schema"] == "gguf3n.stats/1"
     assert [tensor["name"] for tensor in result["tensors"]] == [tensor.name for tensor in measured.tensors]
@@ -532,8 +514,8 @@ def test_json(run: Run, multimodal: Path, measured: Statistics) -> None:
 
 
 @pytest.mark.parametrize("sort", ["max", "std", "kurtosis", "zeros", "name"])
-def test_the_table_is_sorted(run: Run, multimodal: Path, measured: Statistics, sort: str) -> None:
-    code, out = run(multimodal, "--sort", sort)
+def test_the_table_is_sorted(stats: Run, multimodal: Path, measured: Statistics, sort: str) -> None:
+    code, out, _ = stats(multimodal, "--sort", sort)
     assert code == 0 and plain(out)
     keys: dict[str, Callable[[TensorStatistics], float]] = {
         "max": lambda tensor: tensor.largest or 0,
@@ -550,69 +532,69 @@ def test_the_table_is_sorted(run: Run, multimodal: Path, measured: Statistics, s
         assert short_name(tensor.name).startswith(head) and short_name(tensor.name).endswith(tail)
 
 
-def test_all_tensors_and_a_wide_line(run: Run, multimodal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, out = run(multimodal, "--all", "--sort", "name")
+def test_all_tensors_and_a_wide_line(stats: Run, multimodal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = stats(multimodal, "--all", "--sort", "name")
     assert plain(out) and len(out.splitlines()) > 659
     monkeypatch.setattr("gguf3n.cli.stats.line_width", lambda: 150)
-    _, out = run(multimodal, "--all")
+    _, out, _ = stats(multimodal, "--all")
     assert "64 x 16 x 3 x 3" in out and "BF16" in out and "…" not in out
 
 
-def test_f16_risk(run: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:
+def test_f16_risk(stats: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:
     risks = f16_risks(measured)
-    code, out = run(multimodal, "--f16-risk")
+    code, out, _ = stats(multimodal, "--f16-risk")
     assert code == 0 and plain(out) and f"0 of {len(risks)} convolutions" in out and "overflows at" not in out
-    code, out = run(multimodal, "--f16-risk", "--activation-max", risks[3].activation)
+    code, out, _ = stats(multimodal, "--f16-risk", "--activation-max", risks[3].activation)
     assert code == 0 and plain(out) and f"3 of {len(risks)} convolutions" in out
     assert short_name(risks[0].tensor.name) in out and f"{risks[0].activation:,.0f}" in out
-    code, out = run(multimodal, "--f16-risk", "--activation-max", 1e30)
+    code, out, _ = stats(multimodal, "--f16-risk", "--activation-max", 1e30)
     assert code == 0 and plain(out) and f"20 of {len(risks)}; --all" in out
     text = stored(tmp_path / "text", {"model.layers.0.mlp.up_proj.weight": np.ones((2, 2), np.float32)})
-    assert "no convolutions: text has none" in run(text, "--f16-risk")[1]
-    assert run(multimodal, "--f16-risk", "--activation-max", "-1")[0] == 2
+    assert "no convolutions: text has none" in stats(text, "--f16-risk")[1]
+    assert stats(multimodal, "--f16-risk", "--activation-max", "-1")[0] == 2
 
 
-def test_what_is_broken_is_said(run: Run, tmp_path: Path) -> None:
+def test_what_is_broken_is_said(stats: Run, tmp_path: Path) -> None:
     made = {"a.weight": np.array([np.nan, np.inf, 1, 7e4], np.float32), "a.qweight": np.ones(3, np.int8)}
-    code, out = run(stored(tmp_path / "x", made))
+    code, out, _ = stats(stored(tmp_path / "x", made))
     assert code == 0 and plain(out)
     assert "1 NaN, 1 infinite" in out and "1 weights overflow" in out and "1 inf" in out
     assert "1 tensors were not read" in out and "a.qweight (I8): integers" in out
-    (tensor,) = json.loads(run(tmp_path / "x", "--json")[1])["tensors"]
+    (tensor,) = json.loads(stats(tmp_path / "x", "--json")[1])["tensors"]
     assert (tensor["nan"], tensor["infinite"], tensor["f16_overflow"], tensor["max_magnitude"]) == (1, 1, 1, 7e4)
 
 
-def test_options_that_cannot_be_used(run: Run, multimodal: Path, tmp_path: Path) -> None:
-    assert run(multimodal, "--against", multimodal)[0] == 2
-    assert run(multimodal, "--plot", tmp_path / "x.pdf")[0] == 2
+def test_options_that_cannot_be_used(stats: Run, multimodal: Path, tmp_path: Path) -> None:
+    assert stats(multimodal, "--against", multimodal)[0] == 2
+    assert stats(multimodal, "--plot", tmp_path / "x.pdf")[0] == 2
     (tmp_path / "x.svg").write_text("")
-    assert run(multimodal, "--plot", tmp_path / "x.svg")[0] == 10
-    assert run("someone/some-model:Q4_K_M")[0] == 2
+    assert stats(multimodal, "--plot", tmp_path / "x.svg")[0] == 10
+    assert stats("someone/some-model:Q4_K_M")[0] == 2
 
 
-def test_no_type_is_cut_off(run: Run, tmp_path: Path) -> None:
+def test_no_type_is_cut_off(stats: Run, tmp_path: Path) -> None:
     gguf3n.convert(micro.make(tmp_path / "source"), "Q4_K_M", tmp_path / "x.gguf")
-    code, out = run(tmp_path / "x.gguf")
+    code, out, _ = stats(tmp_path / "x.gguf")
     types = Counter(tensor.qtype.name for tensor in open_gguf(tmp_path / "x.gguf").tensors.values())
     shown = " ".join(out.split("in float16")[0].split())
     assert code == 0 and plain(out) and all(f"{n} {name}" in shown for name, n in types.items())
 
 
-def test_plot(run: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:
-    code, _ = run(multimodal, "--plot", tmp_path / "x.svg")
+def test_plot(stats: Run, multimodal: Path, measured: Statistics, tmp_path: Path) -> None:
+    code, *_ = stats(multimodal, "--plot", tmp_path / "x.svg")
     svg = (tmp_path / "x.svg").read_text("utf-8")
     n = sum(tensor.kind is Kind.CONVOLUTION for tensor in measured.tensors)
     assert code == 0 and f"convolutions ({n})" in svg
 
 
-def test_against_the_source(run: Run, tmp_path: Path) -> None:
+def test_against_the_source(stats: Run, tmp_path: Path) -> None:
     source = micro.make(tmp_path / "source")
     gguf3n.convert(source, "Q8_0", tmp_path / "x.gguf")
-    code, out = run(tmp_path / "x.gguf", "--against", source, "--plot", tmp_path / "x.svg", "--json")
+    code, out, _ = stats(tmp_path / "x.gguf", "--against", source, "--plot", tmp_path / "x.svg", "--json")
     tensors = {tensor["name"]: tensor for tensor in json.loads(out)["tensors"]}
     assert code == 0 and set(tensors) == set(open_gguf(tmp_path / "x.gguf").tensors)
     assert tensors["blk.0.attn_q.weight"]["rms_error"] == pytest.approx(0.005, rel=0.2)
     assert tensors["blk.0.attn_norm.weight"]["rms_error"] == 0
     assert "relative RMS error" in (tmp_path / "x.svg").read_text("utf-8")
-    code, out = run(tmp_path / "x.gguf", "--against", source)
+    code, out, _ = stats(tmp_path / "x.gguf", "--against", source)
     assert code == 0 and plain(out) and "tensor, worst first" in out

@@ -146,6 +146,28 @@ def test_compiled_kernels_are_kept_for_the_sources_of_the_whole_package(tmp_path
     assert [hits(), hits()] == [0, 1]
 
 
+def len_of(x: np.ndarray) -> int:
+    return len(x)
+
+
+def test_two_processes_that_compile_a_kernel_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find nothing, then both write, the first one last: neither signature may get the other's file."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    first, second = (dispatcher._cache._cache_file for dispatcher in (kernel(len_of), kernel(len_of)))
+    first.flush()
+    monkeypatch.setattr(second, "_load_index", dict)
+    really = first._save_data
+
+    def save_data(name: str, data: object) -> None:
+        second.save("with importances", "other code")
+        really(name, data)
+
+    monkeypatch.setattr(first, "_save_data", save_data)
+    first.save("without", "code")
+    assert first.load("without") == "code"
+    assert first.load("with importances") in (None, "other code")  # None: it is compiled again
+
+
 def test_half_precision_is_written_low_byte_first() -> None:
     y = np.zeros(3, dtype=np.uint8)
     assert lanes.write_f16(np.float32(0.1), y) == np.float32(np.float16(0.1))

@@ -12,7 +12,7 @@ import pytest
 from gguf3n.errors import UsageError
 from gguf3n.formats.small_file import MAX_RECIPE_BYTES
 from gguf3n.recipes import find_recipe, override
-from gguf3n.recipes.regexes import MAX_NAME, check_regex
+from gguf3n.regexes import MAX_NAME, check_regex
 
 RULE = 'type = "Q8_0"\n[[rule]]\ntype = "Q8_0"\nreason = "x"\n'
 

@@ -153,3 +153,19 @@ def test_what_is_shown_reads_back_as_the_same_recipe(tmp_path: Path, name: str) 
         assert types(copy, "E4B", imatrix=imatrix) == types(recipe, "E4B", imatrix=imatrix)
     for key in ("name", "ftype", "keep", "token_embd", "ple", "unevaluated", "summary", "note"):
         assert getattr(copy, key) == getattr(recipe, key)
+
+
+def test_evidence_is_a_files_own(tmp_path: Path) -> None:
+    """It is printed and read back; a file that inherits from another has none of its evidence."""
+    lines = ("texts: a.txt", 'costs "measured", 3e-4 nats')
+    path = write(
+        tmp_path / "tuned.toml", 'type = "Q4_K"\nevidence = ["texts:  a.txt", \'costs "measured", 3e-4 nats\']\n'
+    )
+    recipe = find_recipe(path)
+    assert recipe.evidence == lines
+    again = find_recipe(write(tmp_path / "again.toml", format_recipe(recipe)))
+    assert again.evidence == lines
+    assert find_recipe(write(tmp_path / "mine.toml", 'inherit = "tuned.toml"\nple = "Q8_0"\n')).evidence == ()
+    for value in ('"a line"', "[1]", '[""]'):
+        with pytest.raises(UsageError, match="impossible value of 'evidence'"):
+            find_recipe(write(tmp_path / "bad.toml", f'type = "Q4_K"\nevidence = {value}\n'))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import gguf3n
-from gguf3n.formats import checkpoint, gguf_reader
+from gguf3n.formats import checkpoint, gguf_reader, training_folder
 from gguf3n.formats.byte_source import ByteSource, LocalFile
 from gguf3n.gemma3n import config, source, tokenizer
 from gguf3n.validation.report import write_report
@@ -49,12 +49,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return given.path.name if isinstance(given, LocalFile) else given.name
 
     count(gguf_reader, "read_header", of_source)
-    count(checkpoint, "read_header", lambda path: path.name)
+    count(checkpoint, "read_file", lambda path: path.name)
     count(config, "read_checkpoint_json", lambda path: path.name)
     count(tokenizer, "read_checkpoint_json", lambda path: path.name)
     count(source, "load_config", lambda path: path.name)
     count(source, "parse_config", lambda raw: "config.json")
-    count(source, "read_tensor_table", lambda path: path.name)
+    count(training_folder, "read_tensor_table", lambda path: path.name)
     count(source, "read_vocabulary", lambda path: path.name)
     return counts
 
@@ -71,7 +71,7 @@ def test_a_checkpoint(
     assert validation.verdict is Verdict.PASS
     assert [stage.value for stage in validation.stages] == list(stages)
     expected = {"read_header x.gguf", "read_checkpoint_json config.json"}
-    expected |= {f"read_header {path.name}" for path in directory.glob("*.safetensors")}
+    expected |= {f"read_file {path.name}" for path in directory.glob("*.safetensors")}
     expected |= {f"load_config {directory.name}", "parse_config config.json"}
     expected |= {f"read_tensor_table {directory.name}", f"read_vocabulary {directory.name}"}
     assert len(expected) == 9

@@ -229,9 +229,9 @@ def test_what_a_file_says_is_only_text_in_markdown(file: Path) -> None:
 
 @pytest.mark.parametrize("text", ["a", "`", "``", "a`b``c", "`a`", "a\\", "<b>", "*x* _y_ [z](u)", "&amp;", " a"])
 def test_names_are_code_whatever_they_are(text: str) -> None:
-    in_table = pages._markdown_code(text + "|" + text, in_table=True)
+    in_table = pages.markdown_code(text + "|" + text, in_table=True)
     for markdown, wanted in (
-        (pages._markdown_code(text + "|"), f"{text.strip()}|"),
+        (pages.markdown_code(text + "|"), f"{text.strip()}|"),
         (f"|x|y|\n|-|-|\n| {in_table} | 1 |", f"x y {text.strip()}|{text} 1"),
     ):
         page = rendered(markdown)

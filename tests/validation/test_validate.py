@@ -252,6 +252,9 @@ def test_stages_that_there_are_not(stages: Any, said: str, sound: Path, tiny_che
         ({"n_ctx": "x"}, "n_ctx"),
         ({"threads": -1}, "threads"),
         ({"imatrix": 5}, "not an importance matrix"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": None, "stages": "tensors"}, "device None"),
+        ({"dtype": "float16"}, "dtype 'float16'"),
     ],
 )
 def test_options_that_can_not_be(options: dict[str, Any], said: str) -> None:

@@ -57,7 +57,7 @@ def seeing(make_checkpoint: Callable[..., Path]) -> Path:
 def files(seeing: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("vision")
     gguf3n.convert(seeing, ["F32", "BF16@llama.cpp"], folder, mmproj=["F16", "lossless"], audio=False)
-    names = {"text": "*-F32.gguf", "as llama.cpp": "*@llama.cpp.gguf", "F16": "mmproj-*-F16.gguf"}
+    names = {"text": "*-F32.gguf", "as llama.cpp": "*-llama.cpp-BF16.gguf", "F16": "mmproj-*-F16.gguf"}
     found = {name: next(folder.glob(pattern)) for name, pattern in names.items()}
     return {**found, "lossless": next(folder.glob("mmproj-*-lossless.gguf"))}
 
@@ -184,8 +184,8 @@ def test_a_tokenizer_that_cuts_a_text_otherwise_when_more_follows(seeing: Path) 
     class Other:
         source = gguf3n.read_source(seeing)
 
-        def token_ids(self, before: str, after: str) -> list[int]:
-            return [len(after)]
+        def prompts(self, before: str, afters: list[str]) -> list[list[int]]:
+            return [[len(after)] for after in afters]
 
     with pytest.raises(SourceError) as caught:
         module._reference_rows(Other(), 256, EndRows(np.ones(1, np.float32), np.ones(1, np.float32)), lambda: None)  # type: ignore[arg-type]
