@@ -42,6 +42,12 @@ if TYPE_CHECKING:
         TokenizerError,
         UsageError,
     )
+    from gguf3n.formats.correlations import (
+        Correlations,
+        merge_correlations,
+        read_correlations,
+        write_correlations,
+    )
     from gguf3n.formats.gguf_reader import GGUFArray, GGUFFile, GGUFKey, GGUFTensor, open_gguf
     from gguf3n.formats.imatrix import Entry, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
     from gguf3n.formats.rows import (
@@ -110,6 +116,7 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "ConversionOptions",
+    "Correlations",
     "Decision",
     "Difference",
     "Divergence",
@@ -212,6 +219,7 @@ __all__ = [
     "measure_importance",
     "measure_sensitivity",
     "measure_statistics",
+    "merge_correlations",
     "merge_imatrices",
     "merge_sensitivities",
     "mmproj_part",
@@ -223,6 +231,7 @@ __all__ = [
     "plan_adapter",
     "publish",
     "quantize",
+    "read_correlations",
     "read_facts",
     "read_gguf",
     "read_imatrix",
@@ -238,6 +247,7 @@ __all__ = [
     "validate",
     "verify",
     "write",
+    "write_correlations",
     "write_imatrix",
     "write_manifest",
     "write_report",
@@ -254,6 +264,7 @@ _HOMES = {
     "ConfigError": "errors",
     "Conversion": "conversion",
     "ConversionOptions": "conversion",
+    "Correlations": "formats.correlations",
     "Decision": "recipes",
     "Difference": "inspection.diff",
     "Divergence": "validation.divergence",
@@ -356,6 +367,7 @@ _HOMES = {
     "measure_importance": "engines.activations",
     "measure_sensitivity": "tuning.measure",
     "measure_statistics": "inspection.statistics",
+    "merge_correlations": "formats.correlations",
     "merge_imatrices": "formats.imatrix",
     "merge_sensitivities": "formats.sensitivity",
     "mmproj_part": "gemma3n.part",
@@ -367,6 +379,7 @@ _HOMES = {
     "plan_adapter": "adapter_file",
     "publish": "publishing.publish",
     "quantize": "quants.api",
+    "read_correlations": "formats.correlations",
     "read_facts": "publishing.card",
     "read_gguf": "conversion",
     "read_imatrix": "formats.imatrix",
@@ -382,6 +395,7 @@ _HOMES = {
     "validate": "validation.validate",
     "verify": "publishing.verify",
     "write": "conversion",
+    "write_correlations": "formats.correlations",
     "write_imatrix": "formats.imatrix",
     "write_manifest": "publishing.manifest",
     "write_report": "validation.report",

@@ -12,6 +12,7 @@ from pathlib import Path
 from gguf.constants import Keys, LlamaFileType
 
 from gguf3n.errors import UsageError, shown
+from gguf3n.formats.correlations import Correlations, as_correlations
 from gguf3n.formats.gguf_reader import open_gguf
 from gguf3n.formats.half import fits_f16
 from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
@@ -23,6 +24,7 @@ from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.mapping import Storage
 from gguf3n.gemma3n.merging import check_given, merge
 from gguf3n.gemma3n.part import ENCODERS, Part, PartKind, check_kind, mmproj_part, text_part
+from gguf3n.gemma3n.refinement import match_correlations
 from gguf3n.gemma3n.source import GGUFSource, Source, open_gguf_source, open_source
 from gguf3n.pipeline import run
 from gguf3n.planning import Plan, linted, make_plan
@@ -62,6 +64,7 @@ class ConversionOptions:
     audio: bool = True
     force_types: bool = False
     inputs: tuple[str | Path, ...] = ()
+    correlations: Correlations | None = None
 
 
 def parse_options(
@@ -78,6 +81,7 @@ def parse_options(
     tensor_types: Sequence[str] = (),
     keep: str | None = None,
     imatrix: str | Path | ImportanceMatrix | None = None,
+    refine: str | Path | Correlations | None = None,
     threads: int | None = None,
     force: bool = False,
 ) -> ConversionOptions:
@@ -97,11 +101,12 @@ def parse_options(
             or mm. are for the mmproj file.
         keep: "f16" or "bf16", type of the matrices that are never quantized.
         imatrix: an importance matrix of llama-imatrix, either form.
+        refine: correlations, with which codes are refined for the matrices' outputs.
         threads: workers; by default two more than there are processors. Bytes do not depend on it.
         force: replace files that exist.
 
     Raises: UsageError for names or options that can't be used; GGUFError, HubError for a file to be like; GGUFError for
-        the importance matrix.
+        the importance matrix and the correlations.
     """
     check_threads(threads)
     texts = [*_recipes(quants, For.TEXT), *map(read_recipe, like)]
@@ -112,7 +117,7 @@ def parse_options(
             expected="one or more, such as Q8_0, or a file to be like",
             fix="add --quant NAME or --like FILE, or --mmproj NAME for the vision and audio encoders",
         )
-    for_text = {"--ple": ple, "--token-embd": token_embd, "--keep": keep, "--imatrix": imatrix}
+    for_text = {"--ple": ple, "--token-embd": token_embd, "--keep": keep, "--imatrix": imatrix, "--refine": refine}
     for_encoders = {"--no-vision": not vision, "--no-audio": not audio, "--force-types": force_types}
     _check_needed(for_text, texts, "--quant")
     _check_needed(for_encoders, encoders, "--mmproj")
@@ -123,9 +128,12 @@ def parse_options(
     recipes += [override(recipe, tensor_types=of_encoders) for recipe in encoders]
     output = None if output is None else Path(output)
     output_paths([PART_KINDS[recipe.part].value.format(name="NAME", quant=recipe.name) for recipe in recipes], output)
-    matrix = as_imatrix(imatrix)
-    inputs = (*like, *(() if matrix is None else (matrix.path,)))
-    return ConversionOptions(tuple(recipes), output, matrix, threads, force, vision, audio, force_types, inputs)
+    matrix, correlations = as_imatrix(imatrix), as_correlations(refine)
+    inputs: list[str | Path] = [*like]
+    inputs += [each.path for each in (matrix, correlations) if each is not None]
+    return ConversionOptions(
+        tuple(recipes), output, matrix, threads, force, vision, audio, force_types, tuple(inputs), correlations
+    )
 
 
 def _recipes(named: str | Recipe | Sequence[str | Recipe], part: For) -> list[Recipe]:
@@ -221,6 +229,7 @@ def plan(
     tensor_types: Sequence[str] = (),
     keep: str | None = None,
     imatrix: str | Path | ImportanceMatrix | None = None,
+    refine: str | Path | Correlations | None = None,
     vision: bool = True,
     audio: bool = True,
 ) -> Plan:
@@ -235,7 +244,7 @@ def plan(
         ple and the others: as for `parse_options`.
 
     Raises: UsageError, SourceError or a class below it, HubError, GGUFError and QuantizationError for the importance
-        matrix.
+        matrix and the correlations.
     """
     is_mmproj = isinstance(quant, Recipe) and quant.part is For.MMPROJ
     options = parse_options(
@@ -248,6 +257,7 @@ def plan(
         tensor_types=tensor_types,
         keep=keep,
         imatrix=imatrix,
+        refine=refine,
     )
     opened = source if isinstance(source, Source) else read_source(source, revision=revision, weights=False)
     return plan_files(opened, options)[0]
@@ -261,7 +271,7 @@ def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
     if texts:
         wanted = zip(ENCODERS, (options.vision, options.audio), strict=True)
         beside = [what for what, is_wanted in wanted if encoders and is_wanted]
-        planned = plan_all(text_part(source, beside=beside), texts, options.imatrix)
+        planned = plan_all(text_part(source, beside=beside), texts, options.imatrix, options.correlations)
         plans += [replace(each, notices=(*each.notices, *padding_notices(each))) for each in planned]
     if encoders:
         part = mmproj_part(source, vision=options.vision, audio=options.audio)
@@ -269,9 +279,15 @@ def plan_files(source: Source, options: ConversionOptions) -> list[Plan]:
     return plans
 
 
-def plan_all(part: Part, recipes: Sequence[Recipe], imatrix: ImportanceMatrix | None = None) -> list[Plan]:
+def plan_all(
+    part: Part,
+    recipes: Sequence[Recipe],
+    imatrix: ImportanceMatrix | None = None,
+    correlations: Correlations | None = None,
+) -> list[Plan]:
     """A plan for each recipe; errors as for `plan`."""
     importance = None if imatrix is None else match_importance(imatrix, part)
+    refinement = None if correlations is None else match_correlations(correlations, part)
     unfit: set[str] = set()
     if any(recipe.keep is Keep.F16 for recipe in recipes):
         reader = RowReader()
@@ -283,7 +299,7 @@ def plan_all(part: Part, recipes: Sequence[Recipe], imatrix: ImportanceMatrix | 
             }
         finally:
             reader.close()
-    return linted([make_plan(part, recipe, importance, unfit) for recipe in recipes])
+    return linted([make_plan(part, recipe, importance, unfit, refinement=refinement) for recipe in recipes])
 
 
 def convert(
@@ -303,6 +319,7 @@ def convert(
     tensor_types: Sequence[str] = (),
     keep: str | None = None,
     imatrix: str | Path | ImportanceMatrix | None = None,
+    refine: str | Path | Correlations | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: OnProgress | None = None,
@@ -330,6 +347,7 @@ def convert(
         tensor_types=tensor_types,
         keep=keep,
         imatrix=imatrix,
+        refine=refine,
         threads=threads,
         force=force,
     )

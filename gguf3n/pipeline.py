@@ -80,13 +80,14 @@ def run(
         file stands under its final name unless all are complete.
     """
     from gguf3n.quants.api import quantize_rows
+    from gguf3n.quants.refinement import refine_rows
 
     arithmetic = compiled_arithmetic()  # before there are files: while Python loads modules it can lose an interrupt
     stop = threading.Event()
     try:
         with ExitStack() as stack:
             opened = [(plan, stack.enter_context(sink(path, plan.layout, force=force))) for plan, path in outputs]
-            work = _Work(opened, RowReader(arithmetic), quantize_rows, stop, progress, chunk_weights)
+            work = _Work(opened, RowReader(arithmetic), quantize_rows, refine_rows, stop, progress, chunk_weights)
             stack.callback(work.reader.close)
             run_workers(work.loop, threads or default_threads(), stop, work.meter.report)
             work.reader.check_unchanged()
@@ -106,7 +107,8 @@ class _Place:
 
 @dataclass
 class _Wanted:
-    """Rows in one type with the same importances, and everywhere they go. `planned` is the first that wants them."""
+    """Rows in one type with the same importances, refined alike, and everywhere they go. `planned` is the first that
+    wants them."""
 
     planned: PlannedTensor
     places: list[_Place]
@@ -114,7 +116,7 @@ class _Wanted:
 
 def _meet(outputs: Sequence[tuple[Plan, Sink]]) -> dict[Rows, list[_Wanted]]:
     """What the outputs want of each row range, in the order in which they name them."""
-    wanted: dict[Rows, dict[tuple[QType, int], _Wanted]] = {}
+    wanted: dict[Rows, dict[tuple[QType, int, int], _Wanted]] = {}
     for plan, writer in outputs:
         for planned in plan.tensors:
             slot = planned.slot
@@ -122,7 +124,8 @@ def _meet(outputs: Sequence[tuple[Plan, Sink]]) -> dict[Rows, list[_Wanted]]:
             offset = slot.offset
             for rows in planned.source.rows:
                 kinds = wanted.setdefault(rows, {})
-                kind = kinds.setdefault((slot.qtype, id(planned.quant_weights)), _Wanted(planned, []))
+                key = (slot.qtype, id(planned.quant_weights), id(planned.refinement))
+                kind = kinds.setdefault(key, _Wanted(planned, []))
                 kind.places.append(_Place(writer, offset))
                 offset += rows.n_rows * n_row_bytes
     return {rows: list(kinds.values()) for rows, kinds in wanted.items()}
@@ -136,6 +139,7 @@ class _Work:
         outputs: Sequence[tuple[Plan, Sink]],
         reader: RowReader,
         quantize_rows: Callable[..., bool],
+        refine_rows: Callable[..., None],
         stop: threading.Event,
         progress: OnProgress | None,
         chunk_weights: int,
@@ -145,6 +149,7 @@ class _Work:
         self.meter = Meter("writing", "bytes", sum(rows.stored_bytes for rows in self.wanted), progress)
         self.reader = reader
         self.quantize_rows = quantize_rows
+        self.refine_rows = refine_rows
         self.chunks: Iterator[Chunk] = (chunk for rows in self.wanted for chunk in chunks(rows, chunk_weights))
         self.lock = threading.Lock()
         self.largest = max((chunk_weights, *(rows.n_per_row for rows in self.wanted)))
@@ -193,6 +198,8 @@ class _Work:
                 found=f"a weight of magnitude {largest:g}",
                 fix=planned.wider,
             )
+        if planned.refinement is not None:
+            self.refine_rows(rows, qtype, planned.refinement.correlations(planned.slot.name), out)
 
 
 def _not_finite(chunk: Chunk, values: Values) -> QuantizationError:

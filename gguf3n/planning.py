@@ -22,6 +22,7 @@ from gguf3n.gemma3n.metadata import file_keys
 from gguf3n.gemma3n.mmproj import RUNS
 from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.published import ENCODER_HEADER_BYTES, HEADER_BYTES, encoder_outline, outline
+from gguf3n.gemma3n.refinement import Refinement
 from gguf3n.inspection.lint import Finding, lint_headers
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, ImageRows, Keep, Recipe, Tensor, check_rules
 
@@ -36,6 +37,8 @@ class PlannedTensor:
     rule: str
     quant_weights: NDArray[np.float32] | None = None
     """An importance for each column of a row, where the importance matrix has one."""
+    refinement: Refinement | None = None
+    """What its codes are refined with, where it has the tensor and the type allows it."""
 
     @property
     def wider(self) -> str:
@@ -76,6 +79,11 @@ class Plan:
         return 8 * sum(tensor.slot.n_bytes for tensor in self.tensors) / self.part.n_weights
 
     @property
+    def refined(self) -> list[PlannedTensor]:
+        """The tensors whose codes are refined."""
+        return [tensor for tensor in self.tensors if tensor.refinement is not None]
+
+    @property
     def type_counts(self) -> dict[QType, int]:
         """Tensors of each type, most frequent first."""
         return dict(Counter(tensor.slot.qtype for tensor in self.tensors).most_common())
@@ -87,12 +95,14 @@ def make_plan(
     importance: Importance | None = None,
     unfit_for_f16: Collection[str] = (),
     *,
+    refinement: Refinement | None = None,
     force_types: bool = False,
 ) -> Plan:
     """Decide every type and lay out the file.
 
     Args:
         unfit_for_f16: names of tensors that F16 would harm.
+        refinement: correlations to refine codes with.
         force_types: allow types that llama.cpp can't run.
 
     Raises: QuantizationError if a type needs an importance matrix and it has no entry for the tensor; UsageError for a
@@ -114,7 +124,11 @@ def make_plan(
     if not force_types:
         _check_runs(part.tensors, decisions, recipe)
     layout = lay_out(
-        [*_with_file_keys(part, recipe), *(importance.keys if importance is not None else ())],
+        [
+            *_with_file_keys(part, recipe),
+            *(importance.keys if importance is not None else ()),
+            *(refinement.keys if refinement is not None else ()),
+        ],
         [(tensor.name, tensor.shape, decision.qtype) for tensor, decision in zip(part.tensors, decisions, strict=True)],
     )
     return Plan(
@@ -122,12 +136,20 @@ def make_plan(
         recipe,
         layout,
         tuple(
-            PlannedTensor(_with_rows(tensor, recipe), slot, decision.reason, decision.rule, weights.get(tensor.name))
+            PlannedTensor(
+                _with_rows(tensor, recipe),
+                slot,
+                decision.reason,
+                decision.rule,
+                weights.get(tensor.name),
+                refinement if refinement is not None and refinement.refines(tensor.name, decision.qtype) else None,
+            )
             for tensor, slot, decision in zip(part.tensors, layout.slots, decisions, strict=True)
         ),
         (
             *part.notices,
             *(importance.notices if importance is not None else ()),
+            *(refinement.notices if refinement is not None else ()),
             *_notices(part.tensors, decisions, recipe),
         ),
     )

@@ -13,7 +13,8 @@ import pytest
 
 from gguf3n.cli import imatrix as command
 from gguf3n.engines.activations import Measurement, measure_chunks
-from gguf3n.errors import Interrupted, OutputError, UsageError
+from gguf3n.errors import GGUFError, Interrupted, OutputError, UsageError
+from gguf3n.formats.correlations import read_correlations, write_correlations
 from gguf3n.formats.imatrix import merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.gemma3n.source import Checkpoint, Source
 from tests.command_line import Run, plain
@@ -34,7 +35,7 @@ def in_an_empty_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def recorded(tiny_checkpoint: Path) -> list[Measurement]:
     """Four chunks of a real run."""
-    return list(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, n_chunks=4, device="cpu"))
+    return list(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, n_chunks=4, device="cpu", correlations="blocks"))
 
 
 @pytest.fixture
@@ -90,6 +91,7 @@ def test_the_options_reach_the_measurement(
         "first_chunk": 3,
         "special": True,
         "tables": False,
+        "correlations": None,
         "device": "cpu",
         "dtype": "bfloat16",
     }
@@ -184,6 +186,76 @@ def test_what_cannot_be_used_is_refused_before_any_work(
     code, _, err = run("imatrix", other, *OPTIONS)
     assert code == UsageError.exit_code and "llama-imatrix" in err
     assert asked == [] and not (tmp_path / "imatrix.gguf").exists()
+
+
+def test_correlations_go_beside(
+    run: Run,
+    tiny_checkpoint: Path,
+    replayed: Callable[[int | None], list[dict[str, Any]]],
+    recorded: list[Measurement],
+    tmp_path: Path,
+) -> None:
+    asked = replayed(None)
+    code, out, _ = run("imatrix", tiny_checkpoint, *OPTIONS, "--correlations", "-o", "i.gguf", "--quiet")
+    assert code == 0 and plain(out) and "i-correlations.gguf\n  correlations of 134 inputs, 44.25 MiB" in out
+    found, expected = read_correlations(tmp_path / "i-correlations.gguf"), recorded[-1].correlations
+    assert expected is not None and found.entries == expected.entries and found.n_chunks == 4
+    for name in ("blk.3.ffn_down.weight", "per_layer_token_embd.weight"):
+        assert np.array_equal(found.read(name), expected.read(name))
+    options = ("--correlations", "full", "-o", "i.gguf", "--quiet", "--json")
+    assert run("imatrix", tiny_checkpoint, *OPTIONS, *options)[0] == OutputError.exit_code
+    result = json.loads(run("imatrix", tiny_checkpoint, *OPTIONS, *options, "--force")[1])
+    assert result["correlations"] == "i-correlations.gguf"
+    assert [given["correlations"] for given in asked] == ["blocks", "full"]
+    code, out, _ = run("imatrix", "show", "i-correlations.gguf")
+    assert code == 0 and plain(out)
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert rows["chunks"] == ["4", "of", "16", "tokens"] and rows["ffn_down"] == ["22", "512", "256", "64"]
+    result = json.loads(run("imatrix", "show", "i-correlations.gguf", "--json")[1])
+    assert result["schema"] == command.CORRELATIONS_SCHEMA and result["chunks"] == 4
+    assert {"name": "blk.0.attn_q.weight", "columns": 256, "width": 256, "count": 64} in result["entries"]
+    assert run("imatrix", "show", "i-correlations.gguf", "--statistics")[0] == UsageError.exit_code
+
+
+def test_going_on_with_correlations(
+    run: Run,
+    tiny_checkpoint: Path,
+    replayed: Callable[[int | None], list[dict[str, Any]]],
+    recorded: list[Measurement],
+    tmp_path: Path,
+) -> None:
+    replayed(2)
+    options = (*OPTIONS, "-o", "i.gguf", "--quiet", "--correlations")
+    code, _, err = run("imatrix", tiny_checkpoint, *options)
+    assert code == Interrupted.exit_code
+    assert "--from-chunk 2 --merge i.gguf --force --correlations blocks" in " ".join(err.split())
+    assert read_correlations(tmp_path / "i-correlations.gguf").n_chunks == 2
+    replayed(None)
+    assert run("imatrix", tiny_checkpoint, *options, "--merge", "i.gguf", "--force")[0] == 0
+    merged = read_correlations(tmp_path / "i-correlations.gguf")
+    assert merged.n_chunks == 6
+    one, four = recorded[1].correlations, recorded[3].correlations
+    assert one is not None and four is not None
+    name = "blk.0.attn_q.weight"
+    assert np.array_equal(merged.read(name), one.read(name) + four.read(name))
+    write_imatrix(recorded[0].imatrix, tmp_path / "i.gguf", force=True)
+    code, _, err = run("imatrix", tiny_checkpoint, *options, "--merge", "i.gguf", "--force")
+    assert code == UsageError.exit_code and "not measured together" in err
+
+
+def test_merging_correlations(run: Run, recorded: list[Measurement], tmp_path: Path) -> None:
+    for i in (0, 1):
+        measured = recorded[i].correlations
+        assert measured is not None
+        write_correlations(measured, tmp_path / f"{i}.gguf")
+    write_imatrix(recorded[0].imatrix, tmp_path / "i.gguf")
+    code, out, _ = run("imatrix", "merge", "0.gguf", "1.gguf", "-o", "m.gguf")
+    assert code == 0 and "134 entries, 3 chunks of 16 tokens" in out
+    assert json.loads(run("imatrix", "merge", "0.gguf", "-o", "m.gguf", "--force", "--json")[1])["chunks"] == 1
+    assert run("imatrix", "merge", "0.gguf", "-o", "m.gguf")[0] == OutputError.exit_code
+    assert run("imatrix", "merge", "0.gguf", "i.gguf", "-o", "n.gguf")[0] == GGUFError.exit_code
+    assert run("imatrix", "merge", "0.gguf", "-o", "n.gguf", "--ctx", "16")[0] == UsageError.exit_code
+    assert not (tmp_path / "n.gguf").exists()
 
 
 def test_show(run: Run, recorded: list[Measurement], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gguf3n import cli
 from gguf3n.cli.imatrix import _measured_json
 from gguf3n.cli.sensitivity import _as_json as _sensitivity_json
 from gguf3n.engines.activations import Measurement
+from gguf3n.formats.correlations import write_correlations
 from gguf3n.formats.gguf_layout import QType
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, write_imatrix
 from gguf3n.formats.sensitivity import read_sensitivity, write_sensitivity
@@ -28,7 +29,7 @@ from gguf3n.validation.divergence import Divergence
 from gguf3n.validation.logits import Limits, LogitsResult
 from gguf3n.validation.result import Problem, Stage, Verdict
 from gguf3n.validation.vision import VisionResult
-from tests import micro
+from tests import micro, refining
 from tests.tuning.facts import made_up
 from workshop.places import ROOT
 
@@ -87,6 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     an_imatrix(folder / "imatrix.gguf")
     part = gguf3n.text_part(gguf3n.read_source(folder / "micro"))
     write_sensitivity(made_up(part, (QType.Q8_0, QType.Q5_1, QType.Q4_0)), folder / "costs.json")
+    write_correlations(refining.of_part(part), folder / "correlations.gguf")
     (folder / "jobs.toml").write_text('[[model]]\nsource = "micro"\nrepo = "me/micro-GGUF"\nquants = ["Q8_0"]\n')
     gguf3n.convert(folder / "micro", "Q8_0", folder / "x.gguf", threads=1)
     gguf3n.convert(folder / "micro", "Q4_0", folder / "y.gguf", threads=1)
@@ -122,6 +124,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("gguf3n.stats/1", "stats seeing"),
     ("gguf3n.imatrix/1", "imatrix show imatrix.gguf"),
     ("gguf3n.imatrix/1", "imatrix merge imatrix.gguf imatrix.gguf -o both.gguf"),
+    ("gguf3n.correlations/1", "imatrix show correlations.gguf"),
+    (CONVERT, "convert micro -q Q4_0 -o refined.gguf --refine correlations.gguf"),
     ("gguf3n.verify/1", "verify out/micro-Q4_0.gguf --source micro"),
     ("gguf3n.verify/1", "verify out/micro-Q4_0.gguf --source other"),
     ("gguf3n.publish-plan/1", f"publish micro {REPO} -q Q8_0,Q4_0 --validate tensors --dry-run"),

@@ -13,35 +13,61 @@ import typer
 from typer.core import TyperGroup
 
 from gguf3n.cli import options
-from gguf3n.cli.console import columns, print_json, print_note
+from gguf3n.cli.console import columns, human_bytes, print_json, print_note
 from gguf3n.cli.paint import filled, line_width, paint, say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.conversion import read_source
-from gguf3n.engines.activations import MIN_CTX, N_CTX, Measurement, measure_chunks, measuring, read_texts
+from gguf3n.engines.activations import (
+    BLOCKS,
+    MIN_CTX,
+    N_CTX,
+    WIDTHS,
+    Measurement,
+    measure_chunks,
+    measuring,
+    read_texts,
+)
 from gguf3n.engines.reference import check_device
 from gguf3n.errors import Interrupted, UsageError
+from gguf3n.formats.correlations import (
+    Correlations,
+    correlations_path,
+    is_correlations,
+    merge_correlations,
+    read_correlations,
+    write_correlations,
+)
+from gguf3n.formats.correlations import Entry as CorrelationsEntry
 from gguf3n.formats.imatrix import LEGACY_CHUNK_SIZE, ImportanceMatrix, merge_imatrices, read_imatrix, write_imatrix
 from gguf3n.formats.whole_file import check_not_input, check_output
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.refinement import match_correlations
 from gguf3n.gemma3n.source import open_checkpoint
 from gguf3n.inspection.imatrix_statistics import EntryStatistics, ImatrixStatistics, imatrix_statistics
 from gguf3n.outside import printable
 from gguf3n.progress import Meter
 
 SCHEMA = "gguf3n.imatrix/1"
+CORRELATIONS_SCHEMA = "gguf3n.correlations/1"
 SAVE_EVERY = 10
 """As often as llama-imatrix saves what it has."""
 
 MEASURE = "measure"
 
 
+CORRELATIONS = "--correlations"
+
+
 class Group(TyperGroup):
-    """Takes `imatrix SRC …` for `imatrix measure SRC …`."""
+    """Takes `imatrix SRC …` for `imatrix measure SRC …`, and `--correlations` for `--correlations blocks`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = [MEASURE, *args]
+        for place, following in reversed(list(enumerate([*args[1:], ""]))):
+            if args[place] == CORRELATIONS and following not in WIDTHS:
+                args = [*args[: place + 1], BLOCKS, *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
 
@@ -75,6 +101,13 @@ def measure(
     layers_only: Annotated[
         bool, typer.Option("--layers-only", help="Leave out the embedding tables, as llama-imatrix does.")
     ] = False,
+    correlations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[full]",
+            help="Write the correlations for --refine too, beside the importances: in blocks of 256 columns, or whole.",
+        ),
+    ] = None,
     merge: Annotated[list[Path] | None, typer.Option(help="Add the counts of this file; repeatable.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Write the file after every so many chunks.")] = SAVE_EVERY,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -94,7 +127,12 @@ def measure(
         )
     check_not_input(output, *text)  # not of --merge: to go on in one file is what is advised below
     _check_output(output, force=force)
+    beside = correlations_path(output)
+    if correlations is not None:
+        check_not_input(beside, *text)
+        check_output(beside, force=force)
     earlier = [read_imatrix(path) for path in merge or ()]
+    earlier_correlations = [] if correlations is None else [_correlations_of(imatrix) for imatrix in earlier]
     _check_ctx(earlier, ctx)
     read_texts(text)
     check_device(device, dtype)
@@ -106,17 +144,23 @@ def measure(
     for said in checkpoint.notices:
         print_note("note", said, quiet=quiet)
     check_not_input(output, *checkpoint.files)
+    if correlations is not None:
+        check_not_input(beside, *checkpoint.files)
     for notice in checkpoint.notices:
         print_note("note", notice, quiet=quiet)
     if earlier:
         part = text_part(checkpoint)
         for imatrix in earlier:
             match_importance(imatrix, part)
+        for each in earlier_correlations:
+            match_correlations(each, part)
 
     def save(measured: Measurement) -> ImportanceMatrix:
         nonlocal force
         imatrix = merge_imatrices([*earlier, measured.imatrix], chunk_size=ctx)
         write_imatrix(imatrix, output, force=force)
+        if measured.correlations is not None:
+            write_correlations(merge_correlations([*earlier_correlations, measured.correlations]), beside, force=force)
         force = True
         return replace(imatrix, path=output)
 
@@ -133,6 +177,7 @@ def measure(
                 first_chunk=from_chunk,
                 special=parse_special,
                 tables=not layers_only,
+                correlations=correlations,
                 device=device,
                 dtype=dtype,
                 notice=lambda text: print_note("note", text, quiet=quiet),
@@ -150,17 +195,23 @@ def measure(
         left = "" if chunks is None else f" --chunks {measured.n_chunks - measured.n_done}"
         raise Interrupted(
             f"interrupted after {measured.n_done:,} of {measured.n_chunks:,} chunks, which are in {output}",
-            fix=f"go on with --from-chunk {from_chunk + measured.n_done}{left} --merge {output} --force",
+            fix=f"go on with --from-chunk {from_chunk + measured.n_done}{left} --merge {output} --force"
+            + ("" if correlations is None else f" {CORRELATIONS} {correlations}"),
         ) from None
     assert measured is not None
     imatrix = save(measured)
     seconds = time.monotonic() - started
     if json:
-        print_json(_measured_json(measured, imatrix, seconds))
+        written = None if correlations is None else str(beside)
+        print_json({**_measured_json(measured, imatrix, seconds), "correlations": written})
         return
     of = f", {imatrix.n_chunks:,} with those of {_names(merge)}" if merge else ""
     say(str(output))
     say(*filled(f"{len(imatrix.entries)} entries, {measured.n_done:,} chunks of {ctx} tokens{of}"))
+    if measured.correlations is not None:
+        say(str(beside))
+        size = human_bytes(measured.correlations.total_bytes)
+        say(*filled(f"correlations of {len(measured.correlations.entries)} inputs, {size}"))
     say(*filled(f"perplexity {measured.perplexity:.4f}"))
     share = len(measured.seen) / measured.n_vocab
     say(*filled(f"{len(measured.seen):,} of {measured.n_vocab:,} tokens of the vocabulary seen ({share:.1%})"))
@@ -174,14 +225,30 @@ def _check_output(output: Path, *, force: bool) -> None:
     check_output(output, force=force)
 
 
+def _correlations_of(imatrix: ImportanceMatrix) -> Correlations:
+    """Those that were measured with an importance matrix. Raises: GGUFError; UsageError for those of other chunks."""
+    found = read_correlations(correlations_path(imatrix.path))
+    if found.n_chunks != imatrix.n_chunks:
+        raise UsageError(
+            f"{found.path}: not measured together with {imatrix.path}",
+            expected=f"{imatrix.n_chunks:,} chunks",
+            found=f"{found.n_chunks:,}",
+            fix="merge files of one measurement",
+        )
+    return found
+
+
 def show(
-    file: Annotated[Path, typer.Argument(help="An importance matrix, .gguf or .dat.")],
+    file: Annotated[Path, typer.Argument(help="An importance matrix, .gguf or .dat, or correlations.")],
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Show the statistics of each entry and layer, as llama-imatrix does.")
     ] = False,
     json: options.Json = False,
 ) -> None:
     """Show what an importance matrix was measured on and what it covers."""
+    if is_correlations(file):
+        _show_correlations(read_correlations(file), statistics=statistics, json=json)
+        return
     imatrix = read_imatrix(file)
     found = imatrix_statistics(imatrix) if statistics else None
     if json:
@@ -211,7 +278,7 @@ def show(
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Importance matrices of one model, .gguf or .dat.")],
+    files: Annotated[list[Path], typer.Argument(help="Importance matrices of one model, or correlations of one.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
     ctx: Annotated[
         int | None,
@@ -225,6 +292,18 @@ def merge(
     """Add several importance matrices, as if their texts had been measured together; .dat files become GGUF."""
     check_not_input(output, *files)
     _check_output(output, force=force)
+    if any(map(is_correlations, files)):
+        if ctx is not None:
+            raise UsageError("--ctx is for .dat files", fix="leave it out")
+        added = merge_correlations([read_correlations(path) for path in files])
+        write_correlations(added, output, force=force)
+        added = replace(added, path=output)
+        if json:
+            print_json(_correlations_json(added))
+            return
+        say(str(output))
+        say(*filled(f"{len(added.entries)} entries, {added.n_chunks:,} chunks of {added.chunk_size} tokens"))
+        return
     merged = merge_imatrices([read_imatrix(path) for path in files], chunk_size=ctx)
     write_imatrix(merged, output, force=force)
     merged = replace(merged, path=output)
@@ -233,6 +312,58 @@ def merge(
         return
     say(str(output))
     say(*filled(f"{len(merged.entries)} entries, {merged.n_chunks:,} chunks of {merged.chunk_size} tokens"))
+
+
+def _show_correlations(found: Correlations, *, statistics: bool, json: bool) -> None:
+    if statistics:
+        raise UsageError(f"{found.path}: correlations", expected="an importance matrix, to show statistics of")
+    if json:
+        print_json(_correlations_json(found))
+        return
+    size = f" of {found.chunk_size} tokens" if found.chunk_size else ""
+    say(paint(str(found.path), "bold"))
+    facts = (
+        ("form", "correlations"),
+        ("entries", str(len(found.entries))),
+        ("chunks", f"{found.n_chunks:,}{size}" if found.n_chunks else "not known"),
+        ("texts", str(len(found.datasets))),
+        ("size", human_bytes(found.total_bytes)),
+    )
+    for line in columns(facts, "<<"):
+        say(line)
+    for dataset in found.datasets:
+        say(*filled(dataset))
+    say("")
+    kinds: dict[str, list[CorrelationsEntry]] = {}
+    for name, entry in sorted(found.entries.items()):
+        kinds.setdefault(_kind(name), []).append(entry)
+    rows = [("input of", "entries", "columns", "block", "inputs")]
+    for kind, entries in kinds.items():
+        n_columns, widths = _span({each.n_columns for each in entries}), _span({each.width for each in entries})
+        counts = _span({int(each.count) for each in entries})
+        rows.append((printable(kind), str(len(entries)), n_columns, widths, counts))
+    for line in columns(rows, "<>>>>"):
+        say(line)
+
+
+def _kind(name: str) -> str:
+    """As in "attn_q" for "blk.3.attn_q.weight"."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _correlations_json(found: Correlations) -> dict[str, Any]:
+    return {
+        "schema": CORRELATIONS_SCHEMA,
+        "path": str(found.path),
+        "datasets": list(found.datasets),
+        "chunks": found.n_chunks,
+        "chunk_size": found.chunk_size,
+        "bytes": found.total_bytes,
+        "entries": [
+            {"name": name, "columns": entry.n_columns, "width": entry.width, "count": int(entry.count)}
+            for name, entry in sorted(found.entries.items())
+        ],
+    }
 
 
 def _check_ctx(earlier: Sequence[ImportanceMatrix], ctx: int) -> None:
@@ -265,7 +396,7 @@ def _kinds(imatrix: ImportanceMatrix) -> list[tuple[str, str, str, str]]:
     """A row for each matrix of a layer: how many entries, their columns, how many inputs were summed."""
     kinds: dict[str, list[Any]] = {}
     for name, entry in sorted(imatrix.entries.items()):
-        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(entry)
+        kinds.setdefault(_kind(name), []).append(entry)
     return [
         (
             printable(kind),

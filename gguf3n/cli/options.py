@@ -61,6 +61,10 @@ Output = Annotated[
     typer.Option("--output", "-o", help="A .gguf file or a directory.", show_default="./NAME-TYPE.gguf"),
 ]
 Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama-imatrix (.gguf or .dat).")]
+Refine = Annotated[
+    Path | None,
+    typer.Option(help="Correlations of gguf3n imatrix --correlations: choose codes for the matrices' outputs."),
+]
 Ple = Annotated[str | None, typer.Option(help=f"Type of per_layer_token_embd. {PLE_NAMES}.")]
 TokenEmbd = Annotated[str | None, typer.Option(help="Type of token_embd.")]
 TensorTypes = Annotated[

@@ -58,6 +58,9 @@ def validate(
     imatrix: Annotated[
         Path | None, typer.Option(help="The importance matrix that FILE was made with: it is judged more strictly.")
     ] = None,
+    refine: Annotated[
+        Path | None, typer.Option(help="The correlations that FILE's codes were refined with, to do it again.")
+    ] = None,
     report: options.Report = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too.")] = False,
     threads: options.Threads = None,
@@ -68,7 +71,7 @@ def validate(
     """Compare a GGUF file with its source, tensor by tensor, token by token. Exit code 12 if it fails."""
     chosen = parse_stages(stages)
     given = {"text": text, "server": server, "save_reference": save_reference, "use_reference": use_reference}
-    given |= {"imatrix": imatrix, "text_model": text_model}
+    given |= {"imatrix": imatrix, "refine": refine, "text_model": text_model}
     for name, value in given.items():
         users = [row.stage for row in STAGES if name in row.options]
         if value is not None and not set(users) & set(chosen):
@@ -91,6 +94,7 @@ def validate(
         save_reference=save_reference,
         use_reference=use_reference,
         imatrix=imatrix,
+        refine=refine,
         threads=threads,
         force=force,
     )

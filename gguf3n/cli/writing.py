@@ -56,6 +56,7 @@ class Writing:
     no_audio: options.NoAudio = False
     like: options.Like = None
     imatrix: options.Imatrix = None
+    refine: options.Refine = None
     ple: options.Ple = None
     token_embd: options.TokenEmbd = None
     tensor_types: options.TensorTypes = None
@@ -87,6 +88,7 @@ class Writing:
             tensor_types=self.tensor_types or (),
             keep=self.keep,
             imatrix=self.imatrix,
+            refine=self.refine,
             threads=self.threads,
             force=self.force,
         )
@@ -113,7 +115,7 @@ def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) 
     conversion = wanted.conversion()
     source = read(conversion)
     if validation is not None:
-        validation = replace(validation, imatrix=conversion.imatrix)
+        validation = replace(validation, imatrix=conversion.imatrix, correlations=conversion.correlations)
         check_extra(source, validation, validation.stages)
         if Stage.LOGITS in validation.stages:
             check_fits(source)
@@ -129,7 +131,7 @@ def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) 
     if wanted.manifest and wanted.dry_run:
         raise UsageError("--manifest with --dry-run, which writes nothing to describe")
     if wanted.manifest:
-        check_recordable(source)
+        check_recordable(source, conversion)
     plans = plan_files(source, conversion)
     notices = list(dict.fromkeys(notice for each in plans for notice in each.notices))
     for notice in notices:
@@ -216,7 +218,7 @@ def _other_plan(plan: Plan, against: str, conversion: ConversionOptions) -> Plan
     """The same file by another recipe."""
     recipe = find_recipe(against, plan.recipe.part)
     if plan.part.kind is PartKind.TEXT:
-        return plan_all(plan.part, [recipe], conversion.imatrix)[0]
+        return plan_all(plan.part, [recipe], conversion.imatrix, conversion.correlations)[0]
     return make_plan(plan.part, recipe)
 
 
@@ -224,11 +226,19 @@ def _type_counts(plan: Plan) -> str:
     return ", ".join(f"{count} {qtype.name}" for qtype, count in plan.type_counts.items())
 
 
+def _refined(plan: Plan) -> str:
+    """How much of a file is refined."""
+    n_rows = sum(tensor.source.n_rows for tensor in plan.refined)
+    return f"refined: {n_rows:,} rows of {len(plan.refined)} tensors"
+
+
 def print_written(written: Sequence[Conversion]) -> None:
     for conversion in written:
         plan = conversion.plan
         say(str(conversion.path))
         say(f"  {human_bytes(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits a weight, {_type_counts(plan)}")
+        if plan.refined:
+            say(f"  {_refined(plan)}")
     say(f"{written[0].seconds:.1f} s")
 
 
@@ -246,6 +256,8 @@ def print_plan(plan: Plan, path: Path, against: Plan | None) -> None:
     for number, (rule, reason) in enumerate(reasons, 1):
         say(f"[{number}] {rule}: {reason}")
     say(f"{len(plan.tensors)} tensors: {_type_counts(plan)}")
+    if plan.refined:
+        say(_refined(plan))
     say(f"{plan.total_bytes:,} bytes ({human_bytes(plan.total_bytes)}), {plan.bits_per_weight:.2f} bits a weight")
     if against is not None:
         n_different = sum(row[-1] != "" for row in rows[1:])
@@ -264,6 +276,7 @@ def plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Pla
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "n_weights": plan.part.n_weights,
         "types": {qtype.name: count for qtype, count in plan.type_counts.items()},
+        "refined": {"tensors": len(plan.refined), "rows": sum(tensor.source.n_rows for tensor in plan.refined)},
         "findings": [finding.as_dict() for finding in plan.findings],
     }
     if with_tensors:
@@ -276,6 +289,7 @@ def plan_json(plan: Plan, path: Path, *, with_tensors: bool = True, against: Pla
                 "offset": tensor.slot.offset,
                 "rule": tensor.rule,
                 "reason": tensor.reason,
+                "refined": tensor.refinement is not None,
             }
             for tensor in plan.tensors
         ]

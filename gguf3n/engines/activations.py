@@ -10,10 +10,14 @@ token, so its count is twice the others'. The two embedding tables have entries 
     token_embd             the output of the last norm, which this table multiplies as the output matrix
     per_layer_token_embd   the gate of each layer, which multiplies what is gathered from this table, column by column
 
+Correlations, where they are wanted, are of the same inputs: the sums of the products of columns, in float32, for the
+matrices that are quantized. For per_layer_token_embd they are those of the gate, each product weighed by that of the
+two columns of per_layer_projection, which multiplies what comes out: E[g g^T] * (P^T P), layer by layer.
+
 How often the text uses a token has no place in a file: an entry weighs columns, and every row of a table is quantized
 on its own.
 
-Memory is that of the model and of one chunk's activations.
+Memory is that of the model and of one chunk's activations, and twice the correlations.
 
 Source: tools/imatrix/imatrix.cpp of llama.cpp (collect_imatrix, compute_imatrix).
 """
@@ -23,23 +27,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf3n.engines.memory import check_memory, reference_need
+from gguf3n.engines.memory import Alternative, check_memory, reference_need
 from gguf3n.engines.reference import HEAD_POSITIONS, Reference, check_device
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import QuantizationError, SourceError, UsageError
+from gguf3n.formats.correlations import BLOCK, Correlations, block_width
+from gguf3n.formats.correlations import Entry as CorrelationsEntry
 from gguf3n.formats.imatrix import Entry, ImportanceMatrix, chunk_count
 from gguf3n.formats.small_file import MAX_TEXT_BYTES, read_text
+from gguf3n.gemma3n.refinement import has_own_entry, measured_bytes
 from gguf3n.gemma3n.source import Source, open_checkpoint
 from gguf3n.gemma3n.text import PER_LAYER_INP_GATE, written_order
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
+
+BLOCKS, FULL = WIDTHS = ("blocks", "full")
+"""What correlations may be of."""
 
 N_CTX = 512
 MIN_CTX = 16
@@ -74,6 +84,7 @@ class Measurement:
     """The tokens that were read."""
     sums: Mapping[str, NDArray[np.float64]]
     counts: Mapping[str, int]
+    correlations: Correlations | None = None
 
     @property
     def imatrix(self) -> ImportanceMatrix:
@@ -136,6 +147,7 @@ def measure_chunks(
     first_chunk: int = 0,
     special: bool = False,
     tables: bool = True,
+    correlations: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
     notice: Callable[[str], None] | None = None,
@@ -149,6 +161,7 @@ def measure_chunks(
         first_chunk: chunks of the text to leave out, because they have been measured before.
         special: recognize special tokens in the text, such as <start_of_turn>.
         tables: make entries for the embedding tables too.
+        correlations: measure them too, in "blocks" of 256 columns or in "full".
         device, dtype: as for Reference.
         notice: is told what memory this takes, before it does.
 
@@ -156,21 +169,33 @@ def measure_chunks(
         text that can't be read. QuantizationError: activations that are not finite. What Reference raises.
     """
     check_chunks(n_ctx, n_chunks)
+    if correlations not in (None, *WIDTHS):
+        raise UsageError(f"correlations {correlations!r}", expected=" or ".join(WIDTHS))
     check_device(device, dtype)
     checkpoint = open_checkpoint(source)
     tokens, n_chunks = read_tokens(checkpoint, texts, n_ctx, n_chunks, first_chunk, special=special)
-    check_memory([reference_need(checkpoint, dtype, n_ctx)], notice=notice)
+    whole = correlations == FULL
+    need = reference_need(checkpoint, dtype, n_ctx)
+    if correlations is not None:
+        n_bytes = need.n_bytes + 2 * measured_bytes(checkpoint.config, whole=whole)
+        smaller = (Alternative(f"--correlations {BLOCKS}"),) if whole else ()
+        need = replace(need, what=f"{need.what} and correlations", n_bytes=n_bytes, alternatives=smaller)
+    check_memory([need], notice=notice)
     with Reference(checkpoint, device=device, dtype=dtype) as reference:
         total: dict[str, NDArray[np.float64]] = {}
         counts: dict[str, int] = {}
+        products: dict[str, NDArray[np.float32]] = {}
         loss, n_scored, seen = 0.0, 0, frozenset[int]()
         for n_done in range(1, n_chunks + 1):
             start = (first_chunk + n_done - 1) * n_ctx
             chunk = tokens[start : start + n_ctx]
-            hidden, heard = _run(reference, [tokens[0], *chunk[1:]], tables=tables)
+            multiplied = None if correlations is None else _Products(whole)
+            hidden, heard = _run(reference, [tokens[0], *chunk[1:]], multiplied, tables=tables)
             chunk_loss = _loss(reference, hidden, chunk)
             total = {name: total.get(name, 0.0) + _finite(name, sums, dtype) for name, sums in heard.sums.items()}
             counts = {name: counts.get(name, 0) + n for name, n in heard.counts.items()}
+            if multiplied is not None:
+                products = multiplied.added_to(products, dtype)
             loss, n_scored, seen = loss + sum(chunk_loss), n_scored + len(chunk_loss), seen | {tokens[0], *chunk[1:]}
             yield Measurement(
                 datasets=tuple(map(str, texts)),
@@ -183,6 +208,7 @@ def measure_chunks(
                 seen=seen,
                 sums=total,
                 counts=counts,
+                correlations=None if correlations is None else _correlations(products, counts, texts, n_ctx),
             )
 
 
@@ -221,6 +247,13 @@ def read_texts(texts: Sequence[str | Path]) -> str:
     )
 
 
+def _correlations(
+    products: Mapping[str, NDArray[np.float32]], counts: Mapping[str, int], texts: Sequence[str | Path], n_ctx: int
+) -> Correlations:
+    entries = {name: CorrelationsEntry(sums.shape[0], sums.shape[1], counts[name]) for name, sums in products.items()}
+    return Correlations(Path("measured"), entries, products.__getitem__, tuple(map(str, texts)), n_ctx)
+
+
 class _Sums:
     """Sums of squares a column, float64 on the model's device, and how many inputs they are of; by GGUF name."""
 
@@ -235,7 +268,49 @@ class _Sums:
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
 
-def _run(reference: Reference, token_ids: Sequence[int], *, tables: bool) -> tuple[Any, _Sums]:
+class _Products:
+    """Sums of products of columns, in blocks as a file has them, float32 on the model's device; by GGUF name."""
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.sums: dict[str, Any] = {}
+
+    def add(self, name: str, activations: Any) -> None:
+        import torch
+
+        rows = activations.detach().flatten(0, -2).float()
+        n = rows.shape[1]
+        width = block_width(n, whole=self.whole)
+        sums = torch.zeros(n, width, device=rows.device)
+        for start in range(0, n, width):
+            part = rows[:, start : start + width]
+            square = part.T @ part
+            # Why: both halves alike, in whatever order they were added
+            sums[start : start + width, : part.shape[1]] = (square + square.T) / 2
+        self.sums[name] = sums
+
+    def add_gates(self, gates: Any, projection: Any) -> None:
+        """Of one layer's columns of the per-layer table, after those of the layers before it."""
+        import torch
+
+        rows, weights = gates.detach().flatten(0, -2).float(), projection.detach().float()
+        products = (rows.T @ rows) * (weights.T @ weights)
+        layers = [self.sums[PER_LAYER_TOKEN_EMBD]] if PER_LAYER_TOKEN_EMBD in self.sums else []
+        self.sums[PER_LAYER_TOKEN_EMBD] = torch.cat([*layers, (products + products.T) / 2])
+
+    def added_to(self, total: Mapping[str, NDArray[np.float32]], dtype: str) -> dict[str, NDArray[np.float32]]:
+        """New sums. Why new: what was known before stays as it was, if this is interrupted."""
+        found: dict[str, NDArray[np.float32]] = {}
+        while self.sums:
+            name, sums = self.sums.popitem()
+            values = _finite(name, sums, dtype)
+            found[name] = total[name] + values if name in total else values
+        return found
+
+
+def _run(
+    reference: Reference, token_ids: Sequence[int], products: _Products | None, *, tables: bool
+) -> tuple[Any, _Sums]:
     """What the text model returns for one chunk, and what went into each matrix on the way."""
     import torch
 
@@ -249,8 +324,10 @@ def _run(reference: Reference, token_ids: Sequence[int], *, tables: bool) -> tup
         if module is None:  # keys and values of KV-shared layers
             continue
         handles.append(module.register_forward_pre_hook(_input_hook(heard, rule.name(bid))))
+        if products is not None and has_own_entry(rule, bid):
+            handles.append(module.register_forward_pre_hook(_input_hook(products, rule.name(bid))))
         if tables and rule.target == PER_LAYER_INP_GATE:
-            hook = _gate_hook(gates, rule.name(bid), text.layers[bid].act_fn)
+            hook = _gate_hook(gates, products, rule.name(bid), text.layers[bid])
             handles.append(module.register_forward_hook(hook))
     try:
         hidden = reference.run(token_ids)
@@ -259,21 +336,29 @@ def _run(reference: Reference, token_ids: Sequence[int], *, tables: bool) -> tup
             handle.remove()
     if tables:
         heard.add(TOKEN_EMBD, hidden)
+        if products is not None:
+            products.add(TOKEN_EMBD, hidden)
         heard.sums[PER_LAYER_TOKEN_EMBD] = torch.cat(list(gates.sums.values()))
         heard.counts[PER_LAYER_TOKEN_EMBD] = len(hidden)
     return hidden, heard
 
 
-def _input_hook(heard: _Sums, name: str) -> Callable[..., None]:
+def _input_hook(heard: _Sums | _Products, name: str) -> Callable[..., None]:
     return lambda _module, inputs: heard.add(name, inputs[0])
 
 
-def _gate_hook(gates: _Sums, name: str, act_fn: Callable[[Any], Any]) -> Callable[..., None]:
-    return lambda _module, _inputs, output: gates.add(name, act_fn(output))
+def _gate_hook(gates: _Sums, products: _Products | None, name: str, layer: Any) -> Callable[..., None]:
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        gate = layer.act_fn(output)
+        gates.add(name, gate)
+        if products is not None and gate.shape[-1] == BLOCK:
+            products.add_gates(gate, layer.per_layer_projection.weight)
+
+    return hook
 
 
-def _finite(name: str, sums: Any, dtype: str) -> NDArray[np.float64]:
-    values: NDArray[np.float64] = sums.cpu().numpy()
+def _finite(name: str, sums: Any, dtype: str) -> NDArray[Any]:
+    values: NDArray[Any] = sums.cpu().numpy()
     if not np.isfinite(values).all():
         raise QuantizationError(
             f"{name}: activations that are not finite, computed in {dtype}",

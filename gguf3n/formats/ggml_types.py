@@ -6,6 +6,7 @@
     importances  what they are to it, from an importance matrix
     rounding     the rule that its levels follow, and how many weights in a row share their levels or bits
     fallback     the type with blocks of 32 to take where rows hold no whole blocks
+    refinable    whether its codes and scales can be chosen one by one, for the matrix's output (quants/unpacked.py)
     gathered     whether every engine and backend looks up rows of it fast, as in per_layer_token_embd
 
 How weights are packed into a block is told by the type's module in quants/; what was measured of each type stands where
@@ -54,6 +55,7 @@ class GgmlType:
     rounding: tuple[Rounding, int] | None = None
     fallback: QType | None = None
     gathered: bool = False
+    refinable: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -95,31 +97,32 @@ GGML_TYPES: Mapping[QType, GgmlType] = {
     QType.Q8_0: GgmlType(32, _block(d="<f2", qs="32i1"),
                          (Ftype.MOSTLY_Q8_0,), NO, (NEAREST, 32), gathered=True),
     QType.Q6_K: GgmlType(256, _block(ql="128u1", qh="64u1", scales="16i1", d="<f2"),
-                         (Ftype.MOSTLY_Q6_K,), USED, (NEAREST, 16), Q8_0),
+                         (Ftype.MOSTLY_Q6_K,), USED, (NEAREST, 16), Q8_0, refinable=True),
     QType.Q5_K: GgmlType(256, _block(d="<f2", dmin="<f2", scales="12u1", qh="32u1", qs="128u1"),
-                         (Ftype.MOSTLY_Q5_K_M, Ftype.MOSTLY_Q5_K_S), USED, (NEAREST, 32), Q5_1),
+                         (Ftype.MOSTLY_Q5_K_M, Ftype.MOSTLY_Q5_K_S), USED, (NEAREST, 32), Q5_1, refinable=True),
     QType.Q5_1: GgmlType(32, _block(d="<f2", m="<f2", qh="4u1", qs="16u1"),
-                         (Ftype.MOSTLY_Q5_1,), USED, (NEAREST, 32), gathered=True),
+                         (Ftype.MOSTLY_Q5_1,), USED, (NEAREST, 32), gathered=True, refinable=True),
     QType.Q5_0: GgmlType(32, _block(d="<f2", qh="4u1", qs="16u1"),
-                         (Ftype.MOSTLY_Q5_0,), USED, (NEAREST, 32), gathered=True),
+                         (Ftype.MOSTLY_Q5_0,), USED, (NEAREST, 32), gathered=True, refinable=True),
     QType.Q4_K: GgmlType(256, _block(d="<f2", dmin="<f2", scales="12u1", qs="128u1"),
-                         (Ftype.MOSTLY_Q4_K_M, Ftype.MOSTLY_Q4_K_S), USED, (NEAREST, 32), Q5_0),
+                         (Ftype.MOSTLY_Q4_K_M, Ftype.MOSTLY_Q4_K_S), USED, (NEAREST, 32), Q5_0, refinable=True),
     QType.Q4_1: GgmlType(32, _block(d="<f2", m="<f2", qs="16u1"),
-                         (Ftype.MOSTLY_Q4_1,), USED, (NEAREST, 32), gathered=True),
+                         (Ftype.MOSTLY_Q4_1,), USED, (NEAREST, 32), gathered=True, refinable=True),
     QType.Q4_0: GgmlType(32, _block(d="<f2", qs="16u1"),
-                         (Ftype.MOSTLY_Q4_0,), USED, (NEAREST, 32), gathered=True),
+                         (Ftype.MOSTLY_Q4_0,), USED, (NEAREST, 32), gathered=True, refinable=True),
     QType.IQ4_NL: GgmlType(32, _block(d="<f2", qs="16u1"),
-                           (Ftype.MOSTLY_IQ4_NL,), USED, (NEAREST, 32)),
+                           (Ftype.MOSTLY_IQ4_NL,), USED, (NEAREST, 32), refinable=True),
     QType.IQ4_XS: GgmlType(256, _block(d="<f2", scales_h="<u2", scales_l="4u1", qs="128u1"),
-                           (Ftype.MOSTLY_IQ4_XS,), USED, (NEAREST, 32), IQ4_NL),
+                           (Ftype.MOSTLY_IQ4_XS,), USED, (NEAREST, 32), IQ4_NL, refinable=True),
     QType.Q3_K: GgmlType(256, _block(hmask="32u1", qs="64u1", scales="12u1", d="<f2"),
-                         (Ftype.MOSTLY_Q3_K_M, Ftype.MOSTLY_Q3_K_S, Ftype.MOSTLY_Q3_K_L), USED, (NEAREST, 16), Q4_0),
+                         (Ftype.MOSTLY_Q3_K_M, Ftype.MOSTLY_Q3_K_S, Ftype.MOSTLY_Q3_K_L), USED, (NEAREST, 16), Q4_0,
+                         refinable=True),
     QType.IQ3_S: GgmlType(256, _block(d="<f2", qs="64u1", qh="8u1", signs="32u1", scales="4u1"),
                           (Ftype.MOSTLY_IQ3_S, Ftype.MOSTLY_IQ3_XS, Ftype.MOSTLY_IQ3_M), USED, (SIGN, 1), IQ4_NL),
     QType.IQ3_XXS: GgmlType(256, _block(d="<f2", qs="64u1", scales_and_signs="8<u4"),
                             (Ftype.MOSTLY_IQ3_XXS,), NEEDED, (PARITY, 8), IQ4_NL),
     QType.Q2_K: GgmlType(256, _block(scales="16u1", qs="64u1", d="<f2", dmin="<f2"),
-                         (Ftype.MOSTLY_Q2_K, Ftype.MOSTLY_Q2_K_S), USED, (NEAREST, 16), Q4_0),
+                         (Ftype.MOSTLY_Q2_K, Ftype.MOSTLY_Q2_K_S), USED, (NEAREST, 16), Q4_0, refinable=True),
     # ggml quirk: files of the file type IQ2_S are mostly IQ2_XS, those of IQ2_M are IQ2_S.
     QType.IQ2_S: GgmlType(256, _block(d="<f2", qs="32u1", signs="32u1", qh="8u1", scales="8u1"),
                           (Ftype.MOSTLY_IQ2_M,), NEEDED, (SIGN, 1), IQ4_NL),

@@ -57,7 +57,7 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
         raise QuantizationError(
             f"{imatrix.path}: an importance matrix of another model",
             expected="entries named like blk.0.attn_q.weight",
-            found=_some(unknown),
+            found=some_names(unknown),
             fix="use one that was measured on this model or its base",
         )
     weights: dict[str, NDArray[np.float32]] = {}
@@ -86,9 +86,9 @@ def match_importance(imatrix: ImportanceMatrix, part: Part) -> Importance:
         (dead, "have importances that are all zero: llama.cpp writes zeros, or next to nothing, for these tensors"),
     ):
         if names:
-            notices.append(f"{imatrix.path}: {len(names)} entries {what}: {_some(names)}")
+            notices.append(f"{imatrix.path}: {len(names)} entries {what}: {some_names(names)}")
     if lacking:
-        notices.append(f"{imatrix.path}: no entry for {len(lacking)} of {len(wanted)} matrices: {_some(lacking)}")
+        notices.append(f"{imatrix.path}: no entry for {len(lacking)} of {len(wanted)} matrices: {some_names(lacking)}")
     return Importance(imatrix.path, weights, _keys(imatrix), tuple(notices))
 
 
@@ -134,5 +134,6 @@ def _keys(imatrix: ImportanceMatrix) -> tuple[KeyValue, ...]:
     return tuple(keys)
 
 
-def _some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
+    """The first of them."""
     return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")

@@ -151,8 +151,10 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gguf") + SUFFIX)
 
 
-def check_recordable(source: Source) -> None:
-    """Refuse a source that no manifest can tell how to make again. Raises: UsageError."""
+def check_recordable(source: Source, options: ConversionOptions) -> None:
+    """Refuse what no manifest can tell how to make again. Raises: UsageError."""
+    if options.correlations is not None:
+        raise UsageError("a manifest does not say how codes were refined", fix="leave --manifest or --refine out")
     if isinstance(source, Checkpoint) and source.changes:
         raise UsageError(
             f"{source.origin}: a manifest does not say which adapters and slice a file was made of",

@@ -290,6 +290,15 @@ class PlannedRow:
     offset: int
     rule: str
     reason: str
+    refined: bool
+
+
+@dataclass(frozen=True)
+class RefinedCount:
+    """How much of a file has refined codes."""
+
+    tensors: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -311,6 +320,7 @@ class ConvertedFile:
     bits_per_weight: float
     n_weights: int
     types: Mapping[str, int]
+    refined: RefinedCount
     findings: Sequence[FindingRow]
     tensors: Sequence[PlannedRow] = ()
     against: Against = LEFT_OUT
@@ -423,6 +433,30 @@ class ImatrixResult:
     perplexity: float | None = None
     vocabulary: Vocabulary = LEFT_OUT
     seconds: float = 0.0
+    correlations: str | None = None
+
+
+@dataclass(frozen=True)
+class CorrelationsEntry:
+    """What is known of the inputs of a matrix: in blocks of `width` columns, or whole."""
+
+    name: str
+    columns: int
+    width: int
+    count: int
+
+
+@dataclass(frozen=True)
+class CorrelationsResult:
+    """`gguf3n imatrix show` and `merge` of correlations. Units: bytes."""
+
+    schema: Literal["gguf3n.correlations/1"]
+    path: str
+    datasets: Sequence[str]
+    chunks: int
+    chunk_size: int
+    bytes: int
+    entries: Sequence[CorrelationsEntry]
 
 
 @dataclass(frozen=True)
@@ -784,6 +818,7 @@ OUTPUTS: Mapping[str, Any] = {
     "gguf3n.convert/1": ConvertResult,
     "gguf3n.stats/1": StatsResult,
     "gguf3n.imatrix/1": ImatrixResult,
+    "gguf3n.correlations/1": CorrelationsResult,
     "gguf3n.slices/1": SlicesResult,
     "gguf3n.slice/1": SliceResult,
     "gguf3n.sensitivity/1": SensitivityResult,

@@ -241,8 +241,8 @@ def prepare_logits(
     if saved is None and isinstance(reference, Checkpoint):
         check_device(options.device, options.dtype)
     if options.save_reference is not None:
-        matrix = None if options.imatrix is None else options.imatrix.path
-        check_not_input(options.save_reference, candidate.path, *reference.files, options.text_model, matrix)
+        read = [each.path for each in (options.imatrix, options.correlations) if each is not None]
+        check_not_input(options.save_reference, candidate.path, *reference.files, options.text_model, *read)
         check_output(options.save_reference, force=options.force)
     running = None if options.server is None else LlamaServer(options.server)
     candidate.gguf.check()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gguf3n.engines.devices import check_words
 from gguf3n.errors import UsageError, shown
+from gguf3n.formats.correlations import Correlations, as_correlations
 from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
 from gguf3n.validation.result import Stage
 from gguf3n.workers import check_threads
@@ -34,6 +35,7 @@ class ValidationOptions:
     save_reference: Path | None = None
     use_reference: Path | None = None
     imatrix: ImportanceMatrix | None = None
+    correlations: Correlations | None = None
     threads: int | None = None
     force: bool = False
 
@@ -51,6 +53,7 @@ def parse_validation(
     save_reference: str | Path | None = None,
     use_reference: str | Path | None = None,
     imatrix: str | Path | ImportanceMatrix | None = None,
+    refine: str | Path | Correlations | None = None,
     threads: int | None = None,
     force: bool = False,
 ) -> ValidationOptions:
@@ -67,11 +70,12 @@ def parse_validation(
         save_reference: where to keep the reference's log-probabilities; ending in .kld for llama-perplexity.
         use_reference: such a file; the reference model is not run.
         imatrix: what the file was quantized with, if it was: its tensors are then judged as sharply as others.
+        refine: the correlations that its codes were refined with, likewise.
         threads: workers, and threads of llama.cpp.
         force: replace the file of save_reference.
 
     Raises: UsageError for a stage that there is not, for none, for a device or dtype that there is not, or for options
-        that exclude each other; GGUFError for the importance matrix.
+        that exclude each other; GGUFError for the importance matrix and the correlations.
     """
     if save_reference is not None and use_reference is not None:
         raise UsageError("--save-reference and --use-reference exclude each other", fix="leave one of them out")
@@ -92,6 +96,7 @@ def parse_validation(
         None if save_reference is None else Path(save_reference),
         None if use_reference is None else Path(use_reference),
         as_imatrix(imatrix),
+        as_correlations(refine),
         threads,
         force,
     )

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from gguf3n.errors import UsageError
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.part import Part, PartKind
+from gguf3n.gemma3n.refinement import match_correlations
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.progress import OnProgress
 from gguf3n.validation.candidate import Candidate
@@ -79,11 +80,18 @@ def _structure(candidate: Candidate, part: Part, _: ValidationOptions, __: Notic
 
 
 def _tensors(candidate: Candidate, part: Part, options: ValidationOptions, _: Notice | None) -> Run:
-    weights = None
+    weights = refinement = None
     if options.imatrix is not None and part.kind is PartKind.TEXT:
         weights = match_importance(options.imatrix, part).quant_weights
+    if options.correlations is not None and part.kind is PartKind.TEXT:
+        refinement = match_correlations(options.correlations, part)
     return lambda progress: check_tensors(
-        candidate.gguf, part, threads=options.threads, quant_weights=weights, progress=progress
+        candidate.gguf,
+        part,
+        threads=options.threads,
+        quant_weights=weights,
+        refinement=refinement,
+        progress=progress,
     )
 
 
@@ -116,7 +124,13 @@ STAGES: tuple[StageRow, ...] = (
         _structure,
     ),
     StageRow(
-        Stage.TENSORS, BOTH, "every weight, dequantized,", "the source's weights", _nothing, ("imatrix",), _tensors
+        Stage.TENSORS,
+        BOTH,
+        "every weight, dequantized,",
+        "the source's weights",
+        _nothing,
+        ("imatrix", "refine"),
+        _tensors,
     ),
     StageRow(Stage.TOKENS, TEXT, "llama.cpp's token ids", "the reference tokenizer's", _for_tokens, (), _tokens),
     StageRow(

@@ -26,7 +26,8 @@ class TensorError:
     `rms_error` and `worst_row_error` are relative to the root mean square of the weights, `expected` is the band of the
     first that the type reaches; `max_error` is absolute. `ratio` is the error of the sampled rows over that of our own
     quantizer without an importance matrix, `misplaced` the share of their weights that do not lie where the source's
-    would (see yardsticks), `identical` whether their bytes are those of our quantizer.
+    would (see yardsticks), `identical` whether their bytes are those of our quantizer, `refined` whether their codes
+    may be refined by correlations that are not at hand.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TensorError:
     ratio: float
     misplaced: float
     identical: bool
+    refined: bool = False
 
     @property
     def excess(self) -> float:
@@ -90,7 +92,11 @@ class TensorsResult(StageResult):
         exact = list(dict.fromkeys(error.qtype.name for error in self.errors if error.identical))
         lines = [f"shows any other version or scale: {', '.join(exact)} (same bytes)"] if exact else []
         by_text: dict[str, list[str]] = {}
-        for qtype in dict.fromkeys(error.qtype for error in self.errors if not error.identical):
+        if any(error.refined for error in self.errors):
+            names = ", ".join(dict.fromkeys(error.qtype.name for error in self.errors if error.refined))
+            lines.append(f"shows other tensors, rows and lengths: {names} (refined codes, without --refine FILE)")
+        others = [error.qtype for error in self.errors if not error.identical and not error.refined]
+        for qtype in dict.fromkeys(others):
             if qtype in SHOWN:
                 text = f"another version {_from(SHOWN[qtype].version)}, another scale {_from(SHOWN[qtype].scale)}"
                 by_text.setdefault(text, []).append(qtype.name)

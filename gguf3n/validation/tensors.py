@@ -41,6 +41,7 @@ from gguf3n.formats.rows import CHUNK_WEIGHTS, Chunk, Values
 from gguf3n.gemma3n.end_of_image import MARK
 from gguf3n.gemma3n.mapping import MappedTensor
 from gguf3n.gemma3n.part import Part
+from gguf3n.gemma3n.refinement import REFINE_KEYS, Refinement
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, TOKEN_EMBD
 from gguf3n.validation.bands import BANDS, FEW, HOLDS, MARGIN, Spread, expected_error, limits
@@ -115,6 +116,7 @@ def check_tensors(
     *,
     threads: int | None = None,
     quant_weights: Mapping[str, NDArray[np.float32]] | None = None,
+    refinement: Refinement | None = None,
     progress: OnProgress | None = None,
 ) -> TensorsResult:
     """Compare every tensor of a file with its source.
@@ -123,6 +125,7 @@ def check_tensors(
         gguf: as `open_gguf(path, strict=False)` gives it.
         quant_weights: importances that the file was quantized with, by tensor, where they are at hand: it is then
             judged as sharply as one without, and every row is quantized again.
+        refinement: likewise the correlations that its codes were refined with.
         progress: called from the calling thread, in weights.
 
     Raises: GGUFError for a file that can't be read; CheckpointError for such a source; Interrupted on Ctrl-C.
@@ -139,7 +142,8 @@ def check_tensors(
         known = {tensor.name for tensor in source.tensors}
         for name in (name for name in gguf.tensors if name not in known):
             problems.append(Problem(Verdict.FAIL, name, "the source has no such tensor"))
-        judge = _Judge(reader, weighted, quant_weights or {})
+        refined = any(name.startswith(REFINE_KEYS) for name in gguf.keys)
+        judge = _Judge(reader, weighted, quant_weights or {}, refined, refinement)
         outcomes = _compare(pairs, reader, judge, threads or default_threads(), progress)
         faulty = sum(outcome.fault is not None for outcome in outcomes)
         if faulty > len(outcomes) / 2:
@@ -349,7 +353,8 @@ class _Work:
         unit = SMALL_UNIT if GGML_TYPES[pair.qtype].weights == 32 else UNIT
         sum_rows(x, q, self.sums[index][rows], unit, floor(pair.qtype, unit))
         if self.judge.compares_all(pair):
-            ours = own_blocks(x, pair.qtype, self.judge.quant_weights.get(pair.name), largest)
+            known = self.judge.quant_weights.get(pair.name)
+            ours = own_blocks(x, pair.qtype, known, self.judge.correlations(pair), largest)
             if not np.array_equal(ours, blocks):
                 self.unlike[index][rows] = (ours != blocks).any(axis=1)
 
@@ -357,14 +362,24 @@ class _Work:
 class _Judge:
     """Says of a tensor, from its rows' sums and from some rows quantized again, whether it is sound."""
 
-    def __init__(self, reader: WeightReader, weighted: bool, quant_weights: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(
+        self,
+        reader: WeightReader,
+        weighted: bool,
+        quant_weights: Mapping[str, NDArray[np.float32]],
+        refined: bool,
+        refinement: Refinement | None,
+    ) -> None:
         self.reader = reader
         self.weighted = weighted
         self.quant_weights = quant_weights
+        self.refined = refined
+        self.refinement = refinement
 
     def compares_all(self, pair: Pair) -> bool:
         """Whether every row is quantized again."""
-        return pair.source.evaluated and bool(self.quant_weights)
+        is_known = bool(self.quant_weights) or self.refinement is not None
+        return pair.source.evaluated and is_known and not self.is_refined(pair)
 
     def judge(self, pair: Pair, sums: NDArray[np.float64], unlike: NDArray[np.int64]) -> _Outcome:
         """Args: unlike: the rows that have not our bytes, where all were compared."""
@@ -372,8 +387,9 @@ class _Judge:
         if not pair.source.evaluated:
             return _Outcome(pair, _error(pair, sums, errors))
         weighted = self.is_weighted(pair)
-        outcome = self.held_against(pair, sums, errors, unlike, weighted=weighted)
-        may_be_weighted = pair.qtype in RULES and pair.name not in self.quant_weights
+        refined = self.is_refined(pair)
+        outcome = self.held_against(pair, sums, errors, unlike, weighted=weighted or refined, refined=refined)
+        may_be_weighted = pair.qtype in RULES and pair.name not in self.quant_weights and not refined
         if outcome.fault is None or not may_be_weighted:
             return outcome
         # where the weights of a row are alike, unknown importances may give our bytes; none are counted for tables
@@ -394,16 +410,17 @@ class _Judge:
         unlike: NDArray[np.int64],
         *,
         weighted: bool,
+        refined: bool = False,
         may_be_ours: bool = True,
     ) -> _Outcome:
-        """The tensor as one that was made with an unknown importance matrix, or as ours."""
-        sample = self.look(pair, _sample(pair), weighted=weighted)
+        """The tensor as one that was made with unknown importances or correlations, or as ours."""
+        sample = self.look(pair, _sample(pair), weighted=weighted, refined=refined)
         if weighted and sample.is_ours and may_be_ours:
-            weighted = False
+            weighted = refined = False
             sample = sample if sample.identical else self.look(pair, sample.rows, weighted=False)
-        allowed = limits(pair.qtype, weighted=weighted)
+        allowed = self.allowed(pair, weighted=weighted, refined=refined)
         route = None
-        if not sample.is_sound(allowed, pair.qtype):
+        if not refined and not sample.is_sound(allowed, pair.qtype):
             route, sample = self.by_way_of(pair, sample, weighted=weighted)
         suspects = _suspects(sums, errors, sample)
         is_few = sample.identical or len(unlike) <= MAX_DAMAGED
@@ -412,18 +429,18 @@ class _Judge:
             suspects = np.union1d(suspects, _spread_out(unlike, MAX_SUSPECTS))
         looked_at = [sample]
         if len(suspects):
-            looked_at.append(self.look(pair, suspects, route, weighted=weighted, usual=sample))
-        is_known = pair.name in self.quant_weights
+            looked_at.append(self.look(pair, suspects, route, weighted=weighted, refined=refined, usual=sample))
+        known = "" if refined else self.known(pair)
         is_identical = sample.identical and (route is not None or not len(unlike))
         return _Outcome(
             pair,
-            _error(pair, sums, errors, sample, is_identical=is_identical),
-            _fault(pair, looked_at, errors, allowed, weighted=weighted, is_known=is_known),
+            _error(pair, sums, errors, sample, is_identical=is_identical, refined=refined),
+            _fault(pair, looked_at, errors, allowed, weighted=weighted, known=known),
             route,
             sample.n_idle,
             is_ours=sample.is_ours,
             is_unsure=weighted and not sample.is_sound(allowed, pair.qtype),
-            odd=_odd(pair, looked_at, weighted=weighted, unlike=unlike if is_alone else None),
+            odd=_odd(pair, looked_at, weighted=weighted, refined=refined, unlike=unlike if is_alone else None),
             is_alone=is_alone,
         )
 
@@ -433,6 +450,29 @@ class _Judge:
         used = band.weighted is not None and (self.weighted or band.plain is None)
         return used and pair.name not in self.quant_weights
 
+    def allowed(self, pair: Pair, *, weighted: bool, refined: bool) -> Spread:
+        """What its rows may be like."""
+        return limits(pair.qtype, weighted=self.is_weighted(pair) if refined else weighted, refined=refined)
+
+    def known(self, pair: Pair) -> str:
+        """What makes its rows, where that is at hand, and its verb."""
+        if self.correlations(pair) is not None:
+            weighed = "the importance matrix and " if pair.name in self.quant_weights else ""
+            return f"{weighed}the correlations make"
+        return "the importance matrix makes" if pair.name in self.quant_weights else ""
+
+    def is_refined(self, pair: Pair) -> bool:
+        """Whether its codes may be refined by what is not at hand."""
+        if not self.refined or not pair.source.evaluated or not GGML_TYPES[pair.qtype].refinable:
+            return False
+        return self.refinement is None or (self.refinement.refines(pair.name, pair.qtype) and self.is_weighted(pair))
+
+    def correlations(self, pair: Pair) -> Values | None:
+        """Those at hand that its codes were refined with."""
+        if not self.refined or self.refinement is None or not self.refinement.refines(pair.name, pair.qtype):
+            return None
+        return self.refinement.correlations(pair.name)
+
     def look(
         self,
         pair: Pair,
@@ -440,6 +480,7 @@ class _Judge:
         route: QType | None = None,
         *,
         weighted: bool,
+        refined: bool = False,
         usual: Evidence | None = None,
     ) -> Evidence:
         """Read these rows and quantize them again."""
@@ -448,9 +489,19 @@ class _Judge:
         if route is not None:
             _, x = requantize(x, route)
         q = self.reader.values(blocks, pair)
-        allowed = limits(pair.qtype, weighted=weighted)
-        known = self.quant_weights.get(pair.name)
-        return examine(pair.qtype, rows, x, blocks, q, known, allowed, weighted=weighted, usual=usual)
+        return examine(
+            pair.qtype,
+            rows,
+            x,
+            blocks,
+            q,
+            self.quant_weights.get(pair.name),
+            self.allowed(pair, weighted=weighted, refined=refined),
+            weighted=weighted,
+            refined=refined,
+            correlations=None if refined else self.correlations(pair),
+            usual=usual,
+        )
 
     def by_way_of(self, pair: Pair, sample: Evidence, *, weighted: bool) -> tuple[QType | None, Evidence]:
         """The type that the tensor was converted by way of, and the rows held against that; or as they were."""
@@ -509,6 +560,7 @@ def _error(
     sample: Evidence | None = None,
     *,
     is_identical: bool = False,
+    refined: bool = False,
 ) -> TensorError:
     with np.errstate(all="ignore"):
         difference, source, found, product = sums[:, :LARGEST].sum(axis=0)
@@ -528,6 +580,7 @@ def _error(
         ratio=1.0 if sample is None else sample.ratio,
         misplaced=0.0 if sample is None else float(sample.misplaced.mean()),
         identical=is_identical,
+        refined=refined,
     )
 
 
@@ -536,9 +589,13 @@ def _is_nearest(qtype: QType) -> bool:
 
 
 def _fault(
-    pair: Pair, looked_at: Sequence[Evidence], errors: PerRow, allowed: Spread, *, weighted: bool, is_known: bool
+    pair: Pair, looked_at: Sequence[Evidence], errors: PerRow, allowed: Spread, *, weighted: bool, known: str
 ) -> _Fault | None:
-    """Which rows are not as they should be, and what to call them. The sample is looked at first."""
+    """Which rows are not as they should be, and what to call them. The sample is looked at first.
+
+    Args:
+        known: what makes the rows, where all of it is at hand, and its verb.
+    """
     sample = looked_at[0]
     is_exact = not weighted and sample.same.mean() >= NEARLY_EXACT
     bad_rows = [evidence.bad | (evidence.worse.any(axis=1) & is_exact) for evidence in looked_at]
@@ -548,9 +605,9 @@ def _fault(
     else:
         is_fine = sample.is_made_from_source(allowed) and sample.is_as_good(allowed.ratio, pair.qtype)
     if not len(bad) and is_fine:
-        if is_known and not sample.is_ours:
+        if known and not sample.is_ours:
             share = f"only {sample.same.mean():.0%} of the sampled blocks are"
-            return _Fault(sample.rows[:MAX_ROWS], "", f"not what the importance matrix makes of the source: {share}")
+            return _Fault(sample.rows[:MAX_ROWS], "", f"not what {known} of the source: {share}")
         return None
     broken = sample.unruly > FEW or sample.factor != 1
     if not weighted:
@@ -584,7 +641,14 @@ def _damage(evidence: Evidence, rows: NDArray[np.int64]) -> str:
     return f"weights {first * n}-{(last + 1) * n - 1}"
 
 
-def _odd(pair: Pair, looked_at: Sequence[Evidence], *, weighted: bool, unlike: NDArray[np.int64] | None) -> str:
+def _odd(
+    pair: Pair,
+    looked_at: Sequence[Evidence],
+    *,
+    weighted: bool,
+    refined: bool,
+    unlike: NDArray[np.int64] | None,
+) -> str:
     """Rows whose blocks few importances explain; or that are ours but for some blocks, which are no worse than ours."""
     sample = looked_at[0]
     if not weighted and not sample.identical and unlike is None:
@@ -597,6 +661,8 @@ def _odd(pair: Pair, looked_at: Sequence[Evidence], *, weighted: bool, unlike: N
             n = evidence.x.shape[1] // flags.shape[1]
             where = f"{_ranges(rows if unlike is None else unlike, pair.n_rows)}, "
             where += f"weights {first * n}-{(last + 1) * n - 1}: "
+            if refined:
+                return where + "unlike the source; right only for odd correlations: see --refine"
             if weighted:
                 return where + "not the source's length; right only for an odd importance matrix: see --imatrix"
             others = "sampled" if unlike is None else "other"
@@ -623,11 +689,13 @@ def _faults(outcomes: Sequence[_Outcome], judge: _Judge, tensors: Sequence[Mappe
         if outcome.fault is None:
             continue
         pair, fault = outcome.pair, outcome.fault
-        weighted = judge.is_weighted(pair)
-        evidence = judge.look(pair, fault.rows, weighted=weighted)
+        refined = judge.is_refined(pair)
+        weighted = refined or judge.is_weighted(pair)
+        allowed = judge.allowed(pair, weighted=weighted, refined=refined)
+        evidence = judge.look(pair, fault.rows, weighted=weighted, refined=refined)
         text = fault.text
         if not text:
-            suspect = Suspect(pair, evidence, limits(pair.qtype, weighted=weighted), judge.reader, tensors)
+            suspect = Suspect(pair, evidence, allowed, judge.reader, tensors)
             text = diagnose(suspect, search=n_searched < MAX_SEARCHED)
             n_searched += 1
         where = f"{fault.where}: " if fault.where else ""
@@ -655,8 +723,14 @@ def _warnings(outcomes: Sequence[_Outcome]) -> Iterator[Problem]:
         yield Problem(Verdict.WARN, outcome.pair.name, outcome.odd)
     if len(odd) > MAX_ODD:
         names = [outcome.pair.name for outcome in odd[MAX_ODD:]]
-        yield Problem(Verdict.WARN, _some(names), "have such rows too: see --imatrix")
-    names = [outcome.pair.name for outcome in outcomes if outcome.is_unsure and outcome.fault is None]
+        option = "--refine" if any(outcome.error.refined for outcome in odd[MAX_ODD:]) else "--imatrix"
+        yield Problem(Verdict.WARN, _some(names), f"have such rows too: see {option}")
+    unsure = [outcome for outcome in outcomes if outcome.is_unsure and outcome.fault is None]
+    names = [outcome.pair.name for outcome in unsure if outcome.error.refined]
+    if names:
+        what = "lost more than refined codes usually lose; sound if that is the correlations' doing, which "
+        yield Problem(Verdict.WARN, _some(names), what + "--refine FILE can tell")
+    names = [outcome.pair.name for outcome in unsure if not outcome.error.refined]
     if names:
         what = "lost more than most importance matrices make a type lose; sound if that is the matrix's doing, which "
         yield Problem(Verdict.WARN, _some(names), what + "--imatrix FILE can tell")

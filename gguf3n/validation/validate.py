@@ -18,6 +18,7 @@ from gguf.constants import Keys
 
 from gguf3n.conversion import read_gguf, read_source
 from gguf3n.errors import GGUFError, UsageError
+from gguf3n.formats.correlations import Correlations
 from gguf3n.formats.gguf_layout import MAGIC
 from gguf3n.formats.imatrix import ImportanceMatrix
 from gguf3n.gemma3n import mmproj
@@ -112,6 +113,7 @@ def validate(
     save_reference: str | Path | None = None,
     use_reference: str | Path | None = None,
     imatrix: str | Path | ImportanceMatrix | None = None,
+    refine: str | Path | Correlations | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: OnProgress | None = None,
@@ -140,6 +142,7 @@ def validate(
         save_reference=save_reference,
         use_reference=use_reference,
         imatrix=imatrix,
+        refine=refine,
         threads=threads,
         force=force,
     )

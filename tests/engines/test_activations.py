@@ -22,6 +22,7 @@ from gguf3n.engines.reference import Reference
 from gguf3n.engines.reference_tokenizers import open_reference
 from gguf3n.errors import QuantizationError, SourceError, UsageError
 from gguf3n.formats.checkpoint import read_tensor_table
+from gguf3n.formats.correlations import impossible
 from gguf3n.formats.imatrix import ImportanceMatrix, merge_imatrices, write_imatrix
 from gguf3n.gemma3n.importance import match_importance
 from gguf3n.gemma3n.part import text_part
@@ -255,3 +256,47 @@ def test_memory_is_announced_and_must_suffice(tiny_checkpoint: Path, monkeypatch
     monkeypatch.setattr("gguf3n.engines.memory.available_bytes", lambda: 1000)
     with pytest.raises(UsageError, match="not enough memory"):
         next(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, device="cpu"))
+
+
+def test_correlations_are_those_of_the_inputs(tiny_checkpoint: Path) -> None:
+    """Their diagonals are the importance matrix's sums; whole ones have the blocks in them."""
+    blocks, whole = (
+        list(measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, n_chunks=2, device="cpu", correlations=kind))
+        for kind in ("blocks", "full")
+    )
+    found, one = blocks[1].correlations, blocks[0].correlations
+    other = whole[1].correlations
+    assert found is not None and one is not None and other is not None
+    assert set(found.entries) == set(other.entries)
+    n_matrices = 6 * 22  # the inputs of attn_q, attn_output, ffn_gate, ffn_down, inp_gate, proj
+    assert len(found.entries) == n_matrices + len(TABLES)
+    for name, entry in found.entries.items():
+        sums = found.read(name)
+        assert entry.count == blocks[1].counts[name] and impossible(sums) == ""
+        assert not np.array_equal(sums, one.read(name))
+        diagonal = sums[np.arange(entry.n_columns), np.arange(entry.n_columns) % entry.width]
+        if name != PER_LAYER_TOKEN_EMBD:
+            assert diagonal == pytest.approx(blocks[1].sums[name], rel=1e-4)
+            square = other.read(name)
+            assert square.shape == (entry.n_columns, entry.n_columns)
+            assert square[:256, :256] == pytest.approx(sums[:256], rel=1e-3, abs=1e-3 * float(np.abs(sums).max()))
+    with pytest.raises(UsageError, match="blocks or full"):
+        next(measure_chunks(tiny_checkpoint, [TEXT], device="cpu", correlations="half"))
+
+
+def test_correlations_of_the_per_layer_table(tiny_checkpoint: Path) -> None:
+    """What an error in a row of it does to what per_layer_projection gives, which is what they are to foretell."""
+    (measured,) = measure_chunks(tiny_checkpoint, [TEXT], n_ctx=16, n_chunks=1, device="cpu", correlations="blocks")
+    assert measured.correlations is not None
+    sums = measured.correlations.read(PER_LAYER_TOKEN_EMBD)
+    gates = []
+    with Reference(open_source(tiny_checkpoint), device="cpu") as reference:
+        layer = reference.model.model.layers[1]
+        layer.per_layer_input_gate.register_forward_hook(lambda _m, _i, output: gates.append(layer.act_fn(output)))
+        tokens = reference.tokenize(TEXT.read_text("utf-8"))
+        reference.run([tokens[0], *tokens[1:16]])
+        projection = layer.per_layer_projection.weight.detach().numpy()
+    gate = gates[0].detach().numpy().reshape(16, -1)
+    error = np.random.default_rng(0).standard_normal(256).astype(np.float32)
+    expected = (((gate * error) @ projection.T) ** 2).sum()
+    assert error @ sums[256:512] @ error == pytest.approx(expected, rel=1e-3)

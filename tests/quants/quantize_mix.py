@@ -17,12 +17,16 @@ from collections.abc import Sequence
 import numpy as np
 from gguf.constants import GGMLQuantizationType as QType
 
-from gguf3n.quants import iq2, q4_k, q8_0
+from gguf3n.quants import descent, iq2, q4_k, q8_0
+from gguf3n.quants.api import LARGEST_HALF
+from gguf3n.quants.refinement import refine_rows
+from gguf3n.quants.unpacked import PARTS
+from tests import refining
 from tests.quants import inputs
 from tests.quants.test_contract import ABORTING, MODES, mode_name, quantize
 
 N_PER_ROW = 512
-KERNELS = (q4_k.quantize, q8_0.quantize, iq2.evaluate)
+KERNELS = (q4_k.quantize, q8_0.quantize, iq2.evaluate, descent.descend)
 
 
 def mixed_rows(qtype: QType, *, huge: bool = True) -> np.ndarray:
@@ -36,6 +40,19 @@ def mixed_weights(weighted: bool) -> list[np.ndarray | None]:
     return [inputs.quant_weights(family, N_PER_ROW) for family in inputs.WEIGHTS] if weighted else [None]
 
 
+def refined_mix(qtype: QType) -> np.ndarray:
+    """Blocks of rows that the type holds, their codes refined."""
+    rows = np.concatenate([rows for rows in np.split(mixed_rows(QType.Q4_0), len(inputs.ROWS)) if fits(rows)])
+    sums = refining.sums_of(refining.inputs(N_PER_ROW))
+    blocks = quantize(rows, qtype, None)
+    refine_rows(rows, qtype, refining.of_arrays({"x": sums}).matrix("x"), blocks)
+    return blocks
+
+
+def fits(rows: np.ndarray) -> bool:
+    return bool(np.abs(rows).max() < LARGEST_HALF)
+
+
 def main(path: str, types: Sequence[str], *, huge: bool) -> None:
     made = {
         mode_name(qtype, weighted): np.stack(
@@ -44,6 +61,7 @@ def main(path: str, types: Sequence[str], *, huge: bool) -> None:
         for qtype, weighted in MODES
         if not types or qtype.name in types
     }
+    made |= {f"refined {qtype.name}": refined_mix(qtype) for qtype in PARTS if not types or qtype.name in types}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # kernels from a cache have none; test_cpu_targets uses new caches
         assembly = "".join(text for kernel in KERNELS for text in kernel.inspect_asm().values())

@@ -14,7 +14,8 @@ from llvmlite.binding import get_host_cpu_features, get_process_triple
 
 from bench_quants import CPUS
 from gguf3n.engines import ggml
-from tests.quants.quantize_mix import mixed_rows, mixed_weights
+from gguf3n.quants.unpacked import PARTS
+from tests.quants.quantize_mix import mixed_rows, mixed_weights, refined_mix
 from tests.quants.test_contract import assert_same_bytes, every_mode, mode_name
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +67,11 @@ def test_bytes_are_those_of_ggml(
     ours = bytes_for(made, cpu)[mode_name(qtype, weighted)]
     for found, quant_weights in zip(ours, mixed_weights(weighted), strict=True):
         assert_same_bytes(found, ggml.quantize(mixed_rows(qtype), qtype, quant_weights), qtype)
+
+
+@every_cpu
+@pytest.mark.parametrize("qtype", PARTS, ids=lambda qtype: qtype.name)
+def test_refined_bytes_are_those_of_this_processor(
+    made: dict[str, dict[str, np.ndarray]], cpu: str, qtype: QType
+) -> None:
+    assert np.array_equal(bytes_for(made, cpu)[f"refined {qtype.name}"], refined_mix(qtype))
