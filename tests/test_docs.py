@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from gguf3n.cli import app
+from gguf3n.cli.application import app
 from gguf3n.recipes import preset_names
 from workshop.pages import QUALITY, RECIPES
 from workshop.places import DOCS, ROOT

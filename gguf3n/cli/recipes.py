@@ -10,10 +10,9 @@ import typer
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note
 from gguf3n.cli.paint import say, say_exactly
-from gguf3n.conversion import read_recipe
+from gguf3n.deciding import Estimate, estimate, estimate_encoders
 from gguf3n.formats.whole_file import check_not_input, write_whole
 from gguf3n.gemma3n.published import PUBLISHED
-from gguf3n.planning import Estimate, estimate, estimate_encoders
 from gguf3n.recipes import For, Recipe, find_recipe, format_recipe, preset_names, variant_names
 
 app = typer.Typer(
@@ -71,6 +70,8 @@ def extract(
     """Write the recipe that gives a model the types of a GGUF file, tensor by tensor; reads its header only."""
     if output is not None:
         check_not_input(output, source)
+    from gguf3n.conversion import read_recipe  # Why: listing and showing need nothing that converts
+
     recipe = read_recipe(source)
     if recipe.note:
         print_note("note", recipe.note, quiet=quiet)

@@ -166,7 +166,7 @@ def check(number: int) -> str:
     """One broken file through one command; what became of it."""
     import click
 
-    from gguf3n.cli import app
+    from gguf3n.cli.application import app
     from gguf3n.errors import Gguf3nError
 
     folder = Path(tempfile.mkdtemp(prefix="gguf3n-fuzz-", dir="/dev/shm"))
