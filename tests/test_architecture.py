@@ -31,6 +31,7 @@ BELOW: dict[str, set[str]] = {
     "plots": {"errors", "formats"},
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
     "deciding": {"formats", "gemma3n", "recipes"},
+    "choosing": {"deciding", "gemma3n", "recipes"},
     "planning": {"deciding", "errors", "formats", "gemma3n", "inspection", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
     "slicing": {"deciding", "errors", "formats", "gemma3n", "planning", "progress", "recipes"},
@@ -41,8 +42,8 @@ BELOW: dict[str, set[str]] = {
         "outside", "plots", "progress", "workers",
     },
     "cli": {
-        "deciding", "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines",
-        "plots", "slicing", "validation", "outside", "progress", "workers", "",
+        "choosing", "deciding", "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection",
+        "engines", "plots", "slicing", "validation", "outside", "progress", "workers", "",
     },
     "__main__": {"cli", ""},
     "": {
@@ -211,7 +212,18 @@ def test_what_a_list_of_recipes_loads() -> None:
     """Nothing that plans, inspects, validates or downloads."""
     loaded = loaded_by(MAIN.format(arguments=["recipes", "list"]), f"{CONVERTERS},sentencepiece,rich,matplotlib")
     ours = {name.split(".")[1] for name in loaded if name.startswith("gguf3n.")}
-    assert ours == {"cli", "deciding", "errors", "formats", "gemma3n", "outside", "recipes", "regexes", "validation"}
+    assert ours == {
+        "choosing",
+        "cli",
+        "deciding",
+        "errors",
+        "formats",
+        "gemma3n",
+        "outside",
+        "recipes",
+        "regexes",
+        "validation",
+    }
     assert {name for name in loaded if name.startswith("gguf3n.validation.")} == {"gguf3n.validation.result"}
 
 

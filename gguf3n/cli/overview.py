@@ -15,7 +15,7 @@ OPTIONS = {
     ", ".join(HELP_OPTIONS): "Show this message and exit.",
 }
 EXAMPLES = (
-    "gguf3n recipes list",
+    "gguf3n recipes list --memory 8GB",
     "gguf3n convert google/gemma-3n-E4B-it -q Q4_K_M",
     "gguf3n lint gemma-3n-E4B-it-Q4_K_M.gguf",
     "gguf3n help convert",
