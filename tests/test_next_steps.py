@@ -83,3 +83,11 @@ def test_quantize_says_it_too(tiny_checkpoint: Path, tmp_path: Path, run: Run) -
 def test_against_without_a_dry_run(tmp_path: Path, run: Run) -> None:
     code, out, err = run("convert", tmp_path / "nowhere", "-q", "Q8_0", "--against", "Q4_0")
     assert (code, out) == (2, "") and "--against without --dry-run" in err
+
+
+@pytest.mark.parametrize("scheme", ["https://huggingface.co/", "http://www.huggingface.co/", "hf.co/"])
+@pytest.mark.parametrize("rest", ["", "/", "/tree/main", "?library=transformers"])
+def test_the_address_of_a_page(run: Run, scheme: str, rest: str) -> None:
+    """The id is what to type; nothing is fetched."""
+    code, _, err = run("convert", f"{scheme}google/gemma-3n-E4B-it{rest}", "-q", "Q8_0")
+    assert code == 3 and "a model's page" in err and err.splitlines()[-1].split()[-1] == "google/gemma-3n-E4B-it"
