@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 
+import gguf3n
+
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; the version is said before anything is loaded."""
     try:
+        if sys.argv[1:] == ["--version"]:
+            print(f"gguf3n {gguf3n.__version__}")
+            return
         from gguf3n.cli import main as run
 
         run()

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf3n.deciding import decide, describe_tensors
 from gguf3n.errors import QuantizationError, UsageError
 from gguf3n.formats.byte_source import HeaderInMemory
 from gguf3n.formats.ggml_types import GGML_TYPES, Importances
-from gguf3n.formats.gguf_layout import KeyValue, QType, aligned, tensor_bytes
+from gguf3n.formats.gguf_layout import KeyValue, QType
 from gguf3n.formats.gguf_writer import Layout, TensorSlot, lay_out
-from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.end_of_image import MARK
 from gguf3n.gemma3n.importance import Importance
 from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.metadata import file_keys
 from gguf3n.gemma3n.mmproj import RUNS
 from gguf3n.gemma3n.part import Part, PartKind
-from gguf3n.gemma3n.published import ENCODER_HEADER_BYTES, HEADER_BYTES, encoder_outline, outline
 from gguf3n.gemma3n.refinement import Refinement
 from gguf3n.inspection.lint import Finding, lint_headers
-from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, ImageRows, Keep, Recipe, Tensor, check_rules
+from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, Decision, For, ImageRows, Keep, Recipe, check_rules
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def make_plan(
     """
     facts = describe_tensors(part.tensors, None if importance is None else importance.quant_weights)
     check_rules(recipe, [fact for fact in facts if fact is not None])
-    decisions = _decide(part.tensors, facts, recipe, unfit_for_f16)
+    decisions = decide(part.tensors, facts, recipe, unfit_for_f16)
     weights = importance.quant_weights if importance is not None else {}
     for tensor, decision in zip(part.tensors, decisions, strict=True):
         required = GGML_TYPES[decision.qtype].importances is Importances.REQUIRED
@@ -190,92 +189,6 @@ def _check_runs(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], 
                 found=f"{decision.qtype.name} by {decision.rule}",
                 fix="choose another type, or add --force-types if your engine is not llama.cpp",
             )
-
-
-def describe_tensors(tensors: Sequence[MappedTensor], covered: Container[str] | None = None) -> list[Tensor | None]:
-    """What a recipe may ask of each tensor; None for those that are never quantized.
-
-    Args:
-        covered: names with an entry in the importance matrix, if one is given.
-    """
-    n_layers = 1 + max((tensor.bid for tensor in tensors if tensor.bid is not None), default=-1)
-    n_rows = {tensor.name: tensor.n_rows for tensor in tensors}
-    gqa = n_rows.get("blk.0.attn_q.weight", 0) // n_rows.get("blk.0.attn_k.weight", 1)
-    return [
-        Tensor(
-            tensor.name,
-            tensor.shape[-1],
-            tensor.bid,
-            n_layers,
-            gqa,
-            tensor.evaluated,
-            covered is not None,
-            covered is not None and tensor.name in covered,
-        )
-        if tensor.storage.by_recipe
-        else None
-        for tensor in tensors
-    ]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a recipe makes of a model of some size. Units: bytes of the whole file, its usual vocabulary included."""
-
-    type_counts: Mapping[QType, int]
-    total_bytes: int
-    bits_per_weight: float
-    needs_imatrix: bool
-
-
-def estimate(recipe: Recipe, config: Config) -> Estimate:
-    """A file's types and size without a checkpoint; with an importance matrix only where the recipe needs one."""
-    return _estimate(recipe, outline(config), HEADER_BYTES)
-
-
-def estimate_encoders(recipe: Recipe, *, vision: bool = True, audio: bool = True) -> Estimate:
-    """The same of an mmproj file."""
-    return _estimate(recipe, encoder_outline(vision=vision, audio=audio), ENCODER_HEADER_BYTES)
-
-
-def _estimate(recipe: Recipe, tensors: Sequence[MappedTensor], header_bytes: int) -> Estimate:
-    measured = {tensor.name for tensor in tensors if tensor.evaluated and tensor.bid is not None}
-    for covered in (None, measured):
-        decisions = _decide(tensors, describe_tensors(tensors, covered), recipe, ())
-        if not any(decision.lacks_importance for decision in decisions):
-            break
-    n_bytes = [
-        aligned(tensor_bytes(decision.qtype, tensor.shape)) for tensor, decision in zip(tensors, decisions, strict=True)
-    ]
-    return Estimate(
-        dict(Counter(decision.qtype for decision in decisions).most_common()),
-        sum(n_bytes) + header_bytes,
-        8 * sum(n_bytes) / sum(tensor.n_weights for tensor in tensors),
-        covered is not None,
-    )
-
-
-def _decide(
-    tensors: Sequence[MappedTensor], facts: Sequence[Tensor | None], recipe: Recipe, unfit_for_f16: Collection[str]
-) -> list[Decision]:
-    return [
-        _keep(tensor, recipe, unfit_for_f16) if fact is None else recipe.resolve(fact)
-        for tensor, fact in zip(tensors, facts, strict=True)
-    ]
-
-
-def _keep(tensor: MappedTensor, recipe: Recipe, unfit_for_f16: Collection[str]) -> Decision:
-    """The type of a tensor that is never quantized."""
-    if tensor.storage.forced is not None:
-        return Decision(tensor.storage.forced, tensor.storage.reason, "never quantized")
-    qtype, why = QType.BF16, tensor.storage.reason
-    if recipe.keep is Keep.F32:
-        qtype = QType.F32
-    elif recipe.keep is Keep.F16 and tensor.name in unfit_for_f16:
-        why = "stays BF16: values too large or too small for F16"
-    elif recipe.keep is Keep.F16 or (recipe.keep is Keep.SOURCE and tensor.source_dtypes == {"F16"}):
-        qtype = QType.F16
-    return Decision(qtype, why, f"keep {recipe.keep.value}")
 
 
 def _notices(tensors: Sequence[MappedTensor], decisions: Sequence[Decision], recipe: Recipe) -> list[str]:

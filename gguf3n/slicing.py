@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf3n.deciding import estimate
 from gguf3n.errors import UsageError
 from gguf3n.formats.checkpoint import INDEX
 from gguf3n.formats.safetensors_writer import tensor_bytes, write_checkpoint
@@ -15,7 +16,7 @@ from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.named_slices import NAMED_SLICES, NamedSlice
 from gguf3n.gemma3n.published import PUBLISHED
 from gguf3n.gemma3n.slices import SlicedCheckpoint, effective_parameters, slice_config
-from gguf3n.planning import Plan, estimate
+from gguf3n.planning import Plan
 from gguf3n.progress import Meter, OnProgress
 from gguf3n.recipes import Recipe
 

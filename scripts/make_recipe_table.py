@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from gguf3n.deciding import Estimate, estimate, estimate_encoders
 from gguf3n.gemma3n.published import PUBLISHED
-from gguf3n.planning import Estimate, estimate, estimate_encoders
 from gguf3n.recipes import For, find_recipe, preset_names
 from workshop.pages import MMPROJ, RECIPES, filled
 

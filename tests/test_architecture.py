@@ -31,9 +31,11 @@ BELOW: dict[str, set[str]] = {
     "gemma3n": {"errors", "formats", "regexes"},
     "plots": {"errors", "formats"},
     "inspection": {"errors", "formats", "gemma3n", "progress", "recipes", "workers"},
-    "planning": {"errors", "formats", "gemma3n", "inspection", "recipes"},
+    "deciding": {"formats", "gemma3n", "recipes"},
+    "choosing": {"deciding", "gemma3n", "recipes"},
+    "planning": {"deciding", "errors", "formats", "gemma3n", "inspection", "recipes"},
     "pipeline": {"errors", "formats", "planning", "progress", "quants", "workers"},
-    "slicing": {"errors", "formats", "gemma3n", "planning", "progress", "recipes"},
+    "slicing": {"deciding", "errors", "formats", "gemma3n", "planning", "progress", "recipes"},
     "conversion": {"errors", "formats", "gemma3n", "pipeline", "planning", "progress", "recipes", "slicing", "workers"},
     "adapter_file": {"conversion", "errors", "gemma3n", "planning", "progress", "recipes"},
     "engines": {"errors", "formats", "gemma3n", "inspection", "outside", "progress", "recipes", "workers"},
@@ -51,10 +53,11 @@ BELOW: dict[str, set[str]] = {
         "validation", "workers",
     },
     "cli": {
-        "errors", "formats", "gemma3n", "recipes", "planning", "conversion", "inspection", "engines", "plots",
-        "adapter_file", "slicing", "publishing", "tuning", "validation", "outside", "progress", "workers", "",
+        "adapter_file", "choosing", "deciding", "errors", "formats", "gemma3n", "recipes", "planning", "conversion",
+        "inspection", "engines", "plots", "slicing", "publishing", "tuning", "validation", "outside", "progress",
+        "workers", "",
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", ""},
     "": {
         "conversion", "errors", "formats", "gemma3n", "planning", "progress", "quants", "recipes", "inspection",
         "adapter_file", "engines", "slicing", "publishing", "tuning", "validation",
@@ -201,6 +204,41 @@ def loaded_by(code: str, without: str) -> set[str]:
 def test_importing_the_package_loads_nothing_of_it() -> None:
     loaded = loaded_by("import gguf3n", "numpy,gguf,typer")
     assert {name for name in loaded if name.startswith("gguf3n")} == {"gguf3n"}
+
+
+MAIN = "sys.argv[1:] = {arguments}; runpy.run_module('gguf3n', run_name='__main__')"
+CONSOLE = ("cli", "cli.console", "cli.overview", "cli.paint", "errors", "outside")
+STARTS = [
+    (["--version"], "typer,rich,numpy,gguf,dataclasses", {"gguf3n", "gguf3n.__main__"}),
+    (["--help"], "typer,rich,numpy,gguf", {"gguf3n", "gguf3n.__main__", *(f"gguf3n.{name}" for name in CONSOLE)}),
+    (["help"], "typer,rich,numpy,gguf", {"gguf3n", "gguf3n.__main__", *(f"gguf3n.{name}" for name in CONSOLE)}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "without", "modules"), STARTS, ids=lambda value: " ".join(value))
+def test_what_a_word_of_help_loads(arguments: list[str], without: str, modules: set[str]) -> None:
+    """Nobody waits for what only a command needs; `scripts/bench_startup.py` says how long it takes."""
+    loaded = loaded_by(MAIN.format(arguments=arguments), without)
+    assert {name for name in loaded if name.partition(".")[0] == "gguf3n"} == modules - {"gguf3n.__main__"}
+
+
+def test_what_a_list_of_recipes_loads() -> None:
+    """Nothing that plans, inspects, validates or downloads."""
+    loaded = loaded_by(MAIN.format(arguments=["recipes", "list"]), f"{CONVERTERS},sentencepiece,rich,matplotlib")
+    ours = {name.split(".")[1] for name in loaded if name.startswith("gguf3n.")}
+    assert ours == {
+        "choosing",
+        "cli",
+        "deciding",
+        "errors",
+        "formats",
+        "gemma3n",
+        "outside",
+        "recipes",
+        "regexes",
+        "validation",
+    }
+    assert {name for name in loaded if name.startswith("gguf3n.validation.")} == {"gguf3n.validation.result"}
 
 
 def test_inspect_needs_no_converter(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import pytest
 
 import gguf3n
 from gguf3n import cli
+from gguf3n.cli import application
+from gguf3n.cli.overview import EXAMPLES
 from tests import micro
 
 ROOT = Path(gguf3n.__file__).parents[1]
@@ -304,6 +306,28 @@ def test_what_the_program_says_of_itself(tmp_path: Path, option: str) -> None:
     result = run(tmp_path, option)
     assert (result.code, result.stderr) == (0, "")
     assert result.stdout == f"gguf3n {gguf3n.__version__}\n" if option == "--version" else "convert" in result.stdout
+
+
+def test_help_in_words(tmp_path: Path, in_process: Callable[..., Result]) -> None:
+    result = run(tmp_path, "help")
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout == run(tmp_path, "--help").stdout
+    assert all(f"\n  {name} " in result.stdout for name in cli.COMMANDS)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for words in (("recipes", "list"), ("diff",)):
+        assert in_process(tmp_path, "help", *words).stdout == in_process(tmp_path, *words, "--help").stdout
+    result = in_process(tmp_path, "help", "nonsense")
+    assert result.code == 2 and "No such command 'nonsense'" in result.stderr
+
+
+def test_examples_of_the_help(tmp_path: Path) -> None:
+    """Their commands and options are there."""
+    for example in EXAMPLES:
+        words = example.split()[1:]
+        loaded = application._loaded("convert" if words[0] == "help" else words[0])
+        loaded = loaded.commands[words[1]] if hasattr(loaded, "commands") else loaded
+        known = {option for parameter in loaded.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known
 
 
 # converting

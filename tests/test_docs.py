@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, commands exist, Python runs, and the README's sizes are those of the table."""
+"""The pages: links lead somewhere, commands exist, Python runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from gguf3n.cli import app
+from gguf3n.cli.application import app
 from gguf3n.recipes import preset_names
 from workshop.pages import QUALITY, RECIPES
 from workshop.places import DOCS, ROOT
@@ -80,12 +80,6 @@ def test_every_page_is_in_the_index() -> None:
     assert [
         page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"]({page.name})" not in index
     ] == []
-
-
-def test_the_sizes_in_the_readme_are_those_of_the_table() -> None:
-    chosen, all_of_them = sizes(README), sizes(RECIPES)
-    assert len(chosen) == 6
-    assert chosen == {name: all_of_them[name] for name in chosen}
 
 
 def test_the_tables_name_every_quantization() -> None:

@@ -12,12 +12,12 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 import gguf3n
 from gguf3n.conversion import plan_all, read_source
+from gguf3n.deciding import estimate
 from gguf3n.formats.gguf_layout import GGUFValueType
 from gguf3n.gemma3n.part import text_part
 from gguf3n.gemma3n.source import Checkpoint, Source
 from gguf3n.gemma3n.tokenizer import CONTROL_TOKENS, Vocabulary
 from gguf3n.inspection.lint import CHECKS, Severity
-from gguf3n.planning import estimate
 from gguf3n.recipes import find_recipe, preset_names
 from tests import micro
 from tests.inspection.faults import PLANTS, set_array, values

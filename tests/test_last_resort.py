@@ -17,6 +17,7 @@ import pytest
 
 import gguf3n
 from gguf3n import cli
+from gguf3n.cli import application
 from gguf3n.errors import OutputError
 from tests import micro
 
@@ -27,7 +28,7 @@ def run(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> i
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(application, "app", fail)
     monkeypatch.setattr(sys, "argv", ["gguf3n", *words])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -91,6 +92,17 @@ def test_an_interrupt_in_the_first_second(milliseconds: int, tmp_path: Path) -> 
     _, err = process.communicate(timeout=60)
     assert "Traceback" not in err or f"{os.sep}gguf3n{os.sep}" not in err, err
     assert process.returncode in (0, 1, 130, -signal.SIGINT)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["slices"], ["recipes", "list", "--json"]], ids=lambda words: words[0])
+def test_a_disk_that_is_full(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode in (1, 10)
+    assert (
+        done.stderr.count("error: ") == 1 and "No space left" in done.stderr and "Exception ignored" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize("n_handles", [6, 10])

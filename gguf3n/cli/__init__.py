@@ -1,31 +1,24 @@
 """The command line: each command parses, calls one function of the package and prints what it returns.
 
-Results go to stdout, everything else to stderr. Only `main` catches errors.
+Results go to stdout, everything else to stderr. Only `main` catches errors. Here stands what every start needs, and no
+more: `application.py` has the commands as typer runs them, which takes longer to load than to list them.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
+import errno
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any, NoReturn, cast
+from typing import NoReturn
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
-import gguf3n
 from gguf3n.cli.console import print_error
-from gguf3n.cli.groups import flattened
 from gguf3n.cli.paint import say
-from gguf3n.errors import MORE_HANDLES, TOO_MANY_OPEN, Gguf3nError, Interrupted
-from gguf3n.outside import inert, masked, printable
+from gguf3n.errors import MORE_HANDLES, TOO_MANY_OPEN, Gguf3nError, Interrupted, OutputError
 
 
 @dataclass(frozen=True)
@@ -73,110 +66,12 @@ COMMANDS: Mapping[str, Command] = {
 """Every command, in the order of the help. The modules are imported when a command is run, not to be listed."""
 
 
+HELP = "help"
+"""`gguf3n help COMMAND` is `gguf3n COMMAND --help`."""
 DEBUG = "GGUF3N_DEBUG"
 """The variable of the environment with which an unexpected error shows its traceback."""
 MAX_FOUND = 400
 """Characters of an unexpected error's own words."""
-
-
-def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes Ctrl-C an error of ours wherever it comes; typer's own answer is silent and differs between versions."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> Any:
-        try:
-            return command(*args, **options)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted") from None
-
-    return run
-
-
-@functools.cache
-def _loaded(name: str) -> Any:
-    """A command as typer has it; its module is imported here."""
-    functions = COMMANDS[name].functions or {name: name}
-    module = importlib.import_module(f"gguf3n.cli.{name}")
-    app = module.app if COMMANDS[name].functions else typer.Typer(add_completion=False)
-    for word, function in functions.items():
-        app.command(word)(_interruptible(flattened(getattr(module, function))))
-    return typer.main.get_command(app)
-
-
-class _OnDemand(Mapping[str, Any]):
-    """The commands, each loaded when it is asked for: `inspect` must not wait for what `validate` imports."""
-
-    def __getitem__(self, name: str) -> Any:
-        return _interruptible(_loaded)(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(COMMANDS)
-
-    def __len__(self) -> int:
-        return len(COMMANDS)
-
-
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-"""The command line library's own, which typer has from click or brings with it."""
-
-
-@contextmanager
-def _printable_usage() -> Iterator[None]:
-    """Makes what typer says of options and arguments printable: they may come from elsewhere, as in a script."""
-    try:
-        yield
-    except _USAGE_ERROR as error:
-        said = cast(Any, error)
-        said.message = inert(printable(masked(said.message or "")))
-        raise
-
-
-class _Commands(TyperGroup):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.commands = cast(Any, _OnDemand())
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        """Reads the options before the command."""
-        with _printable_usage():
-            return super().make_context(*args, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Reads the command's own, and runs it."""
-        with _printable_usage():
-            return super().invoke(ctx)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Lists the commands without loading any."""
-        self.commands = {name: TyperCommand(name, short_help=command.summary) for name, command in COMMANDS.items()}
-        super().format_help(ctx, formatter)
-
-
-app = typer.Typer(
-    name="gguf3n",
-    cls=_Commands,
-    help="Turns Gemma 3n checkpoints into GGUF files for llama.cpp, Ollama and LM Studio.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich takes longer to load than all else that this help needs
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        say(f"gguf3n {gguf3n.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -192,7 +87,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names and pieces that the locale's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        _run(sys.argv[1:])
     except Gguf3nError as error:
         _leave(error)
     except KeyboardInterrupt:
@@ -207,6 +102,23 @@ def main() -> None:
         _flush()
 
 
+def _run(words: list[str]) -> None:
+    """Answer what needs no command at once; load typer for all else.
+
+    Raises: Gguf3nError, and whatever a command has not foreseen.
+    """
+    from gguf3n.cli.overview import HELP_OPTIONS, overview
+
+    if words == [HELP] or (len(words) == 1 and words[0] in HELP_OPTIONS):
+        say(*overview())
+        return
+    if words[:1] == [HELP]:
+        sys.argv[1:] = [*words[1:], HELP_OPTIONS[-1]]
+    from gguf3n.cli.application import app
+
+    app()
+
+
 def _unexpected(error: Exception) -> Gguf3nError:
     """What no code of ours has foreseen, as an error of ours: the machine's where it is that, else one to report."""
     command = " ".join(["gguf3n", *(word for word in sys.argv[1:2] if word in COMMANDS)])
@@ -215,6 +127,9 @@ def _unexpected(error: Exception) -> Gguf3nError:
         return Gguf3nError(f"{command}: out of memory", found=found, fix="close other programs, or use another machine")
     if isinstance(error, OSError) and error.errno in TOO_MANY_OPEN:
         return Gguf3nError(f"{command}: too many files are open", found=found, fix=MORE_HANDLES)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files that are written have errors of their own
+        _discard_output()
+        return OutputError(f"{command}: what it prints can't be written", found=found, fix="make room on the disk")
     if isinstance(error, OSError) and error.errno is not None:
         fix = f"look at the disk and at the limits of the system; {DEBUG}=1 shows where it happened"
         return Gguf3nError(f"{command}: the system refused something", found=found, fix=fix)
@@ -232,8 +147,16 @@ def _leave(error: Gguf3nError) -> NoReturn:
 
 
 def _flush() -> None:
-    """Write what is left to a reader that may be gone, as in `gguf3n inspect FILE | head -1`."""
+    """Write what is left; a reader may be gone, as in `gguf3n inspect FILE | head -1`, or the disk full."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    except OSError as error:
+        _discard_output()
+        has_failed = bool(getattr(error.__context__, "code", 0))
+        if not isinstance(error, BrokenPipeError) and not has_failed:
+            _leave(_unexpected(error))
+
+
+def _discard_output() -> None:
+    """Why: Python complains at its end of what it can't write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from gguf3n.cli import options
+from gguf3n.cli.sizes import parse_bytes, parse_count
 from gguf3n.cli.writing import Writing, write_or_show
 from gguf3n.conversion import ConversionOptions, read_source
 from gguf3n.errors import UsageError
@@ -21,8 +21,6 @@ from gguf3n.recipes import For, Recipe
 from gguf3n.slicing import choose_slice
 
 AUTO = "auto"
-UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1024.0, "MIB": 1024.0**2, "GIB": 1024.0**3}
-COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Slicing:
             return lambda source, _: _take(source, named, pad=pad)
         if self.size is None and self.params is None:
             raise UsageError("--slice auto: how large may it be?", fix="add --size 2.5GB or --params 2.5B")
-        max_bytes = None if self.size is None else _number(self.size, "--size", UNITS, "as 2.5GB or 2.5GiB")
-        most = None if self.params is None else _number(self.params, "--params", COUNTS, "as 2.5B or 900M")
+        max_bytes = parse_bytes(self.size, "--size")
+        most = parse_count(self.params, "--params")
 
         def take_best(source: Source, recipe: Recipe) -> Source:
             config = open_checkpoint(source).config
@@ -76,13 +74,6 @@ class Slicing:
 def _take(source: Source, named: Wanted, *, pad: bool) -> Source:
     whole = open_checkpoint(source)
     return take_slice(whole, named.of(whole.config), pad=pad)
-
-
-def _number(text: str, option: str, units: Mapping[str, float], expected: str) -> float:
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?([A-Z]*)", text.strip().upper())
-    if match is None or match[2] not in units or not float(match[1]):
-        raise UsageError(f"{option} {text!r}: no size", expected=expected)
-    return float(match[1]) * units[match[2]]
 
 
 def convert(

@@ -20,11 +20,12 @@ from gguf3n.formats.imatrix import as_imatrix
 from gguf3n.formats.sensitivity import read_sensitivity
 from gguf3n.formats.whole_file import check_not_input, check_output, write_whole
 from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.runtime_memory import RUN_CTX
 from gguf3n.planning import Plan
 from gguf3n.plots import FileMark, check_plot, write_tradeoff_plot
 from gguf3n.recipes import find_recipe, format_recipe
 from gguf3n.tuning.allocate import ENGINES, REPACKED, Tuned, Tuning, TypeLimits, check_engine
-from gguf3n.tuning.budget import RUN_CTX, parse_size
+from gguf3n.tuning.budget import parse_size
 from gguf3n.tuning.ladder import THEIRS, Ladder, climb, same_size
 from gguf3n.tuning.measure import parse_types
 from gguf3n.tuning.tune import budget_of, check_sizes

@@ -13,6 +13,7 @@ import typer
 from gguf3n.cli import options
 from gguf3n.cli.console import columns, human_bytes, print_json, print_note, shape_text
 from gguf3n.cli.lint import SHOWN
+from gguf3n.cli.next_steps import next_steps
 from gguf3n.cli.paint import say
 from gguf3n.cli.progress import progress_bar
 from gguf3n.cli.validate import print_validation, validation_json
@@ -111,6 +112,8 @@ def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) 
     Args:
         read: opens the source, once the options are known to be sound.
     """
+    if wanted.against is not None and not wanted.dry_run:
+        raise UsageError("--against without --dry-run", fix="add --dry-run, or leave --against out")
     validation = wanted.validation()
     conversion = wanted.conversion()
     source = read(conversion)
@@ -174,6 +177,8 @@ def write_or_show(read: Callable[[ConversionOptions], Source], wanted: Writing) 
             print_validation(found)
     if any(found.verdict is Verdict.FAIL for found in validations):
         raise typer.Exit(FindingsError.exit_code)
+    if not wanted.json and not wanted.quiet:
+        say(*next_steps(written))
 
 
 def tell_findings(findings: Sequence[Finding], *, quiet: bool) -> None:

@@ -98,6 +98,10 @@ class Checkpoint(Source):
         return read_vocabulary(self.path, self.config)
 
 
+MODEL_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]{1,96}/[\w.-]{1,96})(?:[/?#].*)?")
+"""What a browser shows of a model on the Hub."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GGUFSource(Source):
     """A GGUF file, all parts of a split one together."""
@@ -135,6 +139,10 @@ def open_source(
     if os.path.isfile(path) or (path.suffix == ".gguf" and not os.path.isdir(path)):  # False for names too long, too
         return open_gguf_source(path)
     if not os.path.isdir(path):
+        if page := MODEL_PAGE.fullmatch(str(source)):
+            raise SourceError(
+                f"{source}: the address of a model's page", expected="its id", fix=f"name it as {page[1]}"
+            )
         check_permission(path, SourceError)
         raise SourceError(
             f"{path}: not a directory" if os.path.lexists(path) else f"{path}: no such directory",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 FORMS: tuple[tuple[str, Callable[..., bool]], ...] = (
     (r"(-?\d+)", lambda i, n, a: i == (a if a >= 0 else n + a)),
@@ -72,6 +73,7 @@ def compress(bids: Iterable[int]) -> list[int | str]:
     return [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
+@lru_cache(maxsize=1 << 12)
 def _contains(part: str, bid: int, n_layers: int) -> bool:
     for pattern, test in FORMS:
         match = re.fullmatch(pattern, part)

@@ -121,7 +121,7 @@ class Rule:
     def matches(self, tensor: Tensor) -> bool:
         """Whether the rule is for this tensor."""
         return (
-            any(_compiled(pattern, self.is_regex).fullmatch(tensor.name) for pattern in self.patterns)
+            _named(self.patterns, self.is_regex, tensor.name)
             and (self.layers is None or (tensor.bid is not None and (tensor.bid, tensor.n_layers) in self.layers))
             and self.imatrix in (None, tensor.imatrix)
             and self.quant_weights in (None, tensor.quant_weights)
@@ -296,6 +296,12 @@ def check_rules(recipe: Recipe, tensors: Sequence[Tensor]) -> None:
         else:
             found = f"earlier rules decide everything that {named} matches"
         raise UsageError(f"{rule.place}: a rule that can never match", expected=expected, found=found, fix=fix)
+
+
+@lru_cache(maxsize=1 << 16)
+def _named(patterns: tuple[str, ...], is_regex: bool, name: str) -> bool:
+    """Whether one of the patterns is the name's. Why a cache: presets share most of their rules."""
+    return any(_compiled(pattern, is_regex).fullmatch(name) for pattern in patterns)
 
 
 @lru_cache(maxsize=1024)

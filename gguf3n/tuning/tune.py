@@ -9,10 +9,11 @@ from gguf3n.errors import UsageError
 from gguf3n.formats.imatrix import ImportanceMatrix, as_imatrix
 from gguf3n.formats.sensitivity import Sensitivity, read_sensitivity
 from gguf3n.gemma3n.part import text_part
+from gguf3n.gemma3n.runtime_memory import RUN_CTX
 from gguf3n.gemma3n.source import Source
 from gguf3n.recipes import Recipe, find_recipe
 from gguf3n.tuning.allocate import ENGINES, Tuned, Tuning, TypeLimits, check_engine
-from gguf3n.tuning.budget import RUN_CTX, Budget, bits_budget, size_budget
+from gguf3n.tuning.budget import Budget, bits_budget, size_budget
 from gguf3n.tuning.measure import parse_types
 
 

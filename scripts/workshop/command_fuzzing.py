@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 import gguf3n
-from gguf3n.cli import app
+from gguf3n.cli.application import app
 from gguf3n.errors import Gguf3nError
 from gguf3n.formats.byte_source import HeaderInMemory
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue, QType

@@ -15,6 +15,7 @@ import pytest
 
 import gguf3n
 from gguf3n.conversion import plan_files
+from gguf3n.deciding import estimate_encoders
 from gguf3n.errors import ConfigError, Gguf3nError, MappingError, SourceError, UsageError
 from gguf3n.formats.gguf_layout import GGUFValueType as VT
 from gguf3n.formats.gguf_layout import QType
@@ -24,7 +25,7 @@ from gguf3n.gemma3n.mapping import MappedTensor, Storage, map_tensors
 from gguf3n.gemma3n.part import Part, PartKind, mmproj_part, text_part
 from gguf3n.gemma3n.published import ENCODER_HEADER_BYTES
 from gguf3n.gemma3n.source import Checkpoint
-from gguf3n.planning import estimate_encoders, make_plan
+from gguf3n.planning import make_plan
 from gguf3n.recipes import For, find_recipe, preset_names
 from tests import micro
 from tests.inspection.faults import change_tensor, drafted, drop_tensors, set_key

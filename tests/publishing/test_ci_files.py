@@ -19,7 +19,7 @@ from typer.main import get_command
 
 import compile_quantizers
 import gguf3n
-from gguf3n.cli import app
+from gguf3n.cli.application import app
 from gguf3n.quants import QUANTIZERS
 from tests import micro
 from workshop.places import DOCS, ROOT

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from gguf3n.deciding import describe_tensors
 from gguf3n.formats.gguf_layout import QType, aligned, tensor_bytes
 from gguf3n.gemma3n.config import Config
 from gguf3n.gemma3n.mapping import MappedTensor, Storage
 from gguf3n.gemma3n.published import outline
-from gguf3n.planning import describe_tensors
 from gguf3n.recipes import Decision, Keep, Recipe, Tensor
 from workshop.snapshots import SIZES
 

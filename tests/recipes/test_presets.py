@@ -10,8 +10,8 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 
+from gguf3n.deciding import estimate
 from gguf3n.gemma3n.published import HEADER_BYTES, PUBLISHED
-from gguf3n.planning import estimate
 from gguf3n.recipes import PER_LAYER_TOKEN_EMBD, PLE_TYPES, TOKEN_EMBD, Keep, find_recipe, preset_names
 from tests.recipes.facts import data_bytes, decisions, facts, type_counts, types
 from workshop.snapshots import SIZES

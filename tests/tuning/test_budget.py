@@ -1,26 +1,20 @@
-"""Sizes as people write them, and what llama.cpp takes beside a file: by its own log."""
+"""Sizes as people write them, and what is left for a file."""
 
 from __future__ import annotations
 
-import ctypes
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import gguf3n
-from gguf3n.engines import llama_library
-from gguf3n.engines.llama_library import CONTEXT_FIELDS, MODEL_FIELDS
 from gguf3n.errors import UsageError
 from gguf3n.formats.gguf_layout import KeyValue
-from gguf3n.gemma3n.part import Part, PartKind, text_part
+from gguf3n.gemma3n.part import Part, PartKind
 from gguf3n.gemma3n.published import PUBLISHED, outline
+from gguf3n.gemma3n.runtime_memory import runtime_of
 from gguf3n.gemma3n.source import Source
 from gguf3n.gemma3n.text import model_keys
-from gguf3n.tuning.budget import bits_budget, parse_size, runtime_of, size_budget
-
-MIB = 1 << 20
+from gguf3n.tuning.budget import bits_budget, parse_size, size_budget
 
 
 def published(size: str) -> Part:
@@ -66,44 +60,6 @@ def test_bits() -> None:
     for bits in (0, -1.0, 33, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="not bits a weight"):
             bits_budget(bits, 1000, 0)
-
-
-@pytest.mark.parametrize(
-    ("n_ctx", "cache", "compute"),
-    [(512, 20, 533.03), (600, 30, 533.53), (1100, 42, 534.28), (4096, 64, 537.03), (32768, 288, 565.03)],
-)
-@pytest.mark.parametrize("size", ["E2B", "E4B"])
-def test_published_sizes_take_what_llama_cpp_says(size: str, n_ctx: int, cache: int, compute: float) -> None:
-    """Recorded from its log with files of these shapes, swa_full off; MiB. The recording had 262,144 tokens."""
-    part = published(size)
-    n_tokens = 262_144
-    (table,) = (tensor for tensor in part.tensors if tensor.name == "token_embd.weight")
-    smaller = replace(table, shape=(n_tokens, table.n_per_row))
-    found = runtime_of(replace(part, tensors=(smaller,)), n_ctx)
-    assert found.cache_bytes == cache * MIB
-    assert found.compute_bytes == pytest.approx(compute * MIB, abs=0.05 * MIB)
-
-
-def test_a_small_model_takes_what_llama_cpp_says(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Here, of the llama.cpp that is installed: its caches as it logs them when they are of full size."""
-    pytest.importorskip("xllamacpp")
-    (done,) = gguf3n.convert(tiny_checkpoint, "Q8_0", tmp_path / "model.gguf")
-    lib = llama_library.bindings()
-    lines: list[str] = []
-    callback = llama_library._LOG_CALLBACK(lambda _level, text, _: lines.append(text.decode(errors="replace")))
-    lib.llama_log_set(ctypes.cast(callback, ctypes.c_void_p), None)
-    try:
-        model = lib.llama_model_load_from_file(
-            str(done.path).encode(),
-            llama_library._changed(lib.llama_model_default_params(), MODEL_FIELDS, n_gpu_layers=0),
-        )
-        parameters = llama_library._changed(lib.llama_context_default_params(), CONTEXT_FIELDS, n_ctx=300, n_ubatch=512)
-        lib.llama_free(lib.llama_init_from_model(model, parameters))
-        lib.llama_model_free(model)
-    finally:
-        lib.llama_log_set(None, None)
-    sizes = [float(size) for size in re.findall(r"KV buffer size = +([\d.]+) MiB", "".join(lines))]
-    assert sum(sizes) * MIB == runtime_of(text_part(gguf3n.read_source(tiny_checkpoint)), 300).cache_bytes
 
 
 def test_what_fits() -> None:

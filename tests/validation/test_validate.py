@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import gguf3n
-from gguf3n.cli import app
+from gguf3n.cli.application import app
 from gguf3n.errors import GGUFError, OutputError, UsageError
 from gguf3n.formats.gguf_draft import Draft
 from gguf3n.formats.gguf_layout import GGUFValueType, KeyValue
