@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,18 +31,18 @@ def test_each_engine_gets_the_file(tiny_checkpoint: Path, tmp_path: Path, run: R
     found = steps(out)
     assert found["llama.cpp"] == ["llama-cli", "-m", str(path)]
     assert found["LM Studio"] == ["lms", "import", "--copy", str(path)]
-    assert found["Ollama"][:3] == ["printf", "%s\\n", f"FROM {path}"]
+    assert found["Ollama"][:3] == ["gguf3n", "ollama", f"{path};"]
 
 
 def test_the_line_for_ollama_writes_a_modelfile(tiny_checkpoint: Path, tmp_path: Path, run: Run) -> None:
     _, out, _ = run("convert", tiny_checkpoint, "-q", "Q8_0", "-o", tmp_path / "a b's")
     line = next(line for line in out.splitlines() if line.startswith("  Ollama")).split("  ", 2)[2]
-    make, create, start = line.strip().split("; ")
-    subprocess.run(make, shell=True, check=True, cwd=tmp_path)
-    (said,) = (tmp_path / "Modelfile").read_text("utf-8").splitlines()
-    assert Path(said.removeprefix("FROM ")).is_file()
+    make, create, start = (shlex.split(command) for command in line.strip().split("; "))
+    assert run(*make[1:])[0] == 0
     name = f"{tiny_checkpoint.name}-q8_0".lower()
-    assert create == f"ollama create {name} -f Modelfile" and start == f"ollama run {name}"
+    assert create[:4] == ["ollama", "create", name, "-f"] and start == ["ollama", "run", name]
+    (said,) = (line for line in Path(create[4]).read_text("utf-8").splitlines() if line.startswith("FROM "))
+    assert (Path(create[4]).parent / said.removeprefix("FROM ").strip('"')).is_file()
 
 
 def test_a_name_that_looks_like_an_option(
@@ -58,7 +57,7 @@ def test_with_the_encoders(make_checkpoint: Callable[..., Path], tmp_path: Path,
     _, out, _ = run("convert", source, "-q", "Q8_0", "--mmproj", "F16", "-o", tmp_path / "out")
     text, mmproj = (tmp_path / "out" / f"{name}.gguf" for name in (f"{source.name}-Q8_0", f"mmproj-{source.name}-F16"))
     assert steps(out)["llama.cpp"] == ["llama-mtmd-cli", "-m", str(text), "--mmproj", str(mmproj)]
-    assert steps(out)["Ollama"][2:4] == [f"FROM {text}", f"FROM {mmproj}"]
+    assert steps(out)["Ollama"][:5] == ["gguf3n", "ollama", str(text), "--mmproj", f"{mmproj};"]
     assert not steps(run("convert", source, "--mmproj", "F16", "-o", tmp_path / "alone")[1])
 
 

@@ -10,12 +10,13 @@ from gguf3n.cli.console import columns
 from gguf3n.conversion import Conversion
 from gguf3n.gemma3n.part import PartKind
 from gguf3n.inspection.lint import Severity
+from gguf3n.publishing.ollama import MODELFILE
 
 
 def next_steps(written: Sequence[Conversion]) -> Iterator[str]:
     """A line for each engine, with the first file of the text model; none for a file that lint has an error for.
 
-    Source: the help of llama-cli and llama-mtmd-cli; Ollama's Modelfile; `lms import`, which moves a file unless it is
+    Source: the help of llama-cli and llama-mtmd-cli; `lms import`, which moves a file unless it is
     told to copy it.
     """
     texts, encoders = (
@@ -26,11 +27,11 @@ def next_steps(written: Sequence[Conversion]) -> Iterator[str]:
         return
     text = _quoted(texts[0].path)
     model = shlex.quote(texts[0].path.stem.lower())
+    modelfile = _quoted(texts[0].path.parent / MODELFILE)
     with_encoders = f" --mmproj {_quoted(encoders[0].path)}" if encoders else ""
-    sources = " ".join(shlex.quote(f"FROM {each.path.resolve()}") for each in run)
     rows = [
         ("  llama.cpp", f"{'llama-mtmd-cli' if encoders else 'llama-cli'} -m {text}{with_encoders}"),
-        ("  Ollama", f"printf '%s\\n' {sources} > Modelfile; ollama create {model} -f Modelfile; ollama run {model}"),
+        ("  Ollama", f"gguf3n ollama {text}{with_encoders}; ollama create {model} -f {modelfile}; ollama run {model}"),
         ("  LM Studio", f"lms import --copy {text}"),
     ]
     yield "to run it:"
