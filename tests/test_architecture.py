@@ -215,7 +215,7 @@ STARTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "without", "modules"), STARTS, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("arguments", "without", "modules"), STARTS, ids=[words[0] for words, *_ in STARTS])
 def test_what_a_word_of_help_loads(arguments: list[str], without: str, modules: set[str]) -> None:
     """Nobody waits for what only a command needs; `scripts/bench_startup.py` says how long it takes."""
     loaded = loaded_by(MAIN.format(arguments=arguments), without)
