@@ -74,9 +74,13 @@ def _keep(tensor: MappedTensor, recipe: Recipe, unfit_for_f16: Collection[str]) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recipe makes of a model of some size. Units: bytes of the whole file, its usual vocabulary included."""
+    """What a recipe makes of a model of some size: tensors and weights by type.
+
+    Units: bytes of the whole file, its usual vocabulary included.
+    """
 
     type_counts: Mapping[QType, int]
+    weights: Mapping[QType, int]
     total_bytes: int
     bits_per_weight: float
     needs_imatrix: bool
@@ -143,10 +147,15 @@ def _estimate(recipe: Recipe, model: _Outline) -> Estimate:
         kinds[_keep(tensor, recipe, ()).qtype, tensor.shape] += count
     kinds.update((decision.qtype, tensor.shape) for tensor, decision in zip(model.decided, decisions, strict=True))
     types: Counter[QType] = Counter()
-    for (qtype, _), count in kinds.items():
+    weights: Counter[QType] = Counter()
+    for (qtype, shape), count in kinds.items():
         types[qtype] += count
+        weights[qtype] += count * math.prod(shape)
     n_bytes = sum(count * aligned(tensor_bytes(qtype, shape)) for (qtype, shape), count in kinds.items())
-    n_weights = sum(count * math.prod(shape) for (_, shape), count in kinds.items())
     return Estimate(
-        dict(types.most_common()), n_bytes + model.header_bytes, 8 * n_bytes / n_weights, facts is model.measured_facts
+        dict(types.most_common()),
+        weights,
+        n_bytes + model.header_bytes,
+        8 * n_bytes / weights.total(),
+        facts is model.measured_facts,
     )

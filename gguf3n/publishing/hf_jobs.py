@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ def _plan(jobs: Jobs, model: ModelJob) -> HubJob:
         raise UsageError(
             f"{model.repo}: too large for {FLAVOR}", expected=f"{DISK_BYTES:,} bytes", found=f"{download + largest:,}"
         )
-    seconds = round((download + upload) / NETWORK_BYTES_A_SECOND + SLOW * sum(map(_seconds, plans)))
+    seconds = seconds_of(download + upload, map(_weights, plans))
     return HubJob(
         model.repo,
         model.source,
@@ -102,7 +103,7 @@ def _plan(jobs: Jobs, model: ModelJob) -> HubJob:
         download,
         upload,
         seconds,
-        round(seconds / 3600 * DOLLARS_AN_HOUR, 4),
+        dollars_of(seconds),
         max(TIMEOUT_FACTOR * seconds, MIN_TIMEOUT),
     )
 
@@ -112,10 +113,22 @@ def _source_bytes(source: Source) -> int:
     return sum(rows.stored_bytes for rows in stored)
 
 
-def _seconds(plan: Plan) -> float:
-    """Of quantizing a file on two cores of the machine that the rates are of."""
-    rates = [(tensor.source.n_weights, MILLIONS_A_SECOND[tensor.slot.qtype]) for tensor in plan.tensors]
-    return sum(n_weights / rate for n_weights, rate in rates) / 1e6 / CORES
+def _weights(plan: Plan) -> Mapping[QType, int]:
+    weights: Counter[QType] = Counter()
+    for tensor in plan.tensors:
+        weights[tensor.slot.qtype] += tensor.source.n_weights
+    return weights
+
+
+def seconds_of(network_bytes: int, files: Iterable[Mapping[QType, int]]) -> int:
+    """What such a machine takes for what goes over the network, and to quantize files of so many weights of a type."""
+    quantizing = sum(n / (MILLIONS_A_SECOND[qtype] * 1e6) for weights in files for qtype, n in weights.items())
+    return round(network_bytes / NETWORK_BYTES_A_SECOND + SLOW * quantizing / CORES)
+
+
+def dollars_of(seconds: int) -> float:
+    """What such a machine costs."""
+    return round(seconds / 3600 * DOLLARS_AN_HOUR, 4)
 
 
 def _script(model: ModelJob) -> str:
