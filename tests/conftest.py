@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ import pytest
 
 from tests.command_line import Run, runner
 from workshop import checkpoints
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is what it is by default. Why: a shell that starts the tests in the background has it ignored, and so
+    have all processes that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ class StageRow:
         kinds: the files that it is for.
         compares, against: what with what, for a report.
         packages: what must be installed to run it.
-        options: names of the ValidationOptions that only this stage uses.
+        options: names of parse_validation's arguments that only this stage uses.
         prepare: sees that it can be run, and says how; what keeps a stage from running is said before any is run.
     """
 

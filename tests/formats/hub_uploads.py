@@ -116,7 +116,11 @@ class _Handler(hub_server.Handler):
             return
         if route == "put":
             time.sleep(self.hub.seconds)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        n_bytes = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(n_bytes)
+        if len(body) < n_bytes:  # whoever sent it is gone
+            self.close_connection = True
+            return
         if self.hub.answers.get(route):
             refusal, after = self.hub.answers[route].pop(0)
             return self.refuse(refusal, {} if after is None else {"Retry-After": after})

@@ -20,9 +20,12 @@ from tests.quants.test_contract import assert_same_bytes, every_mode, mode_name
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(
-    not get_process_triple().startswith("x86_64"), reason="the processors to compile for are x86-64"
-)
+pytestmark = [
+    pytest.mark.slow,  # every kernel is compiled for each processor
+    pytest.mark.skipif(
+        not get_process_triple().startswith("x86_64"), reason="the processors to compile for are x86-64"
+    ),
+]
 every_cpu = pytest.mark.parametrize("cpu", CPUS)
 
 
